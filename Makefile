@@ -1,0 +1,55 @@
+# The targets that the README and CI use. Everything happens inside .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data
+SOURCES := $(shell find core evals exporter prune quantize runtime -name '*.py')
+PACKAGES := core evals exporter prune quantize runtime reference tests
+
+.PHONY: help run test lint types unit format reference results clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: $(VENV)/.run  ## install, run the main job on the embedded reference pair
+	$(BIN)/holdfast run reference/recipe.yaml --out bundles/reference --overwrite
+
+test: lint types unit  ## install what the tests need, run all checks
+
+lint: $(VENV)/.dev  ## ruff, formatting, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: $(VENV)/.dev  ## mypy, strict
+	$(BIN)/mypy
+	$(BIN)/mypy reference
+
+unit: $(VENV)/.dev  ## pytest
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev  ## rewrite the sources as ruff formats them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+reference: $(VENV)/.dev  ## train the reference pair again (about an hour on 2 cores)
+	$(BIN)/python -m reference.train all --data-dir $(DATA) --out reference
+
+results: $(VENV)/.dev  ## measure the tables of docs/results.md again
+	$(BIN)/python -m reference.results --data-dir $(DATA) --out docs/results.md
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build bundles .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The editable install is strict (a tree of links), so a new file needs a new install.
+$(VENV)/.run: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@ $(VENV)/.run

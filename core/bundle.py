@@ -1,0 +1,70 @@
+"""The bundle: one folder that serves, verifies and explains itself. Reading side and layout.
+
+    model.onnx  config.json  tokenizer files  generation_config.json     what ONNX Runtime needs
+    manifest.json  recipe.yaml  steps/*.json                             how it was made
+    alignment/suites/*.jsonl                                             the prompts
+    alignment/answers/<subject>/*.jsonl                                  baseline, twin, fp32 graph
+    alignment/report.json  alignment/report.html                         the verdict, with its reasons
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import BundleIntegrityError, NotVerifiedError
+from holdfast.manifest import Manifest, check_files, read_manifest
+
+SUITES = Path("alignment/suites")
+ANSWERS = Path("alignment/answers")
+REPORT_JSON = Path("alignment/report.json")
+REPORT_HTML = Path("alignment/report.html")
+RECIPE = Path("recipe.yaml")
+STEPS = Path("steps")
+
+ALIGNED = "aligned"
+TWIN = "twin"
+FP32_ONNX = "fp32-onnx"
+ARTIFACT = "artifact"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are what they were when it was sealed."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def model_id(self) -> str:
+        """Name under which a server offers the model."""
+        return self.folder.resolve().name
+
+    def report(self) -> dict[str, Any]:
+        """The recorded report, as `alignment/report.json` has it."""
+        report = json.loads((self.folder / REPORT_JSON).read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise BundleIntegrityError(f"{self.folder / REPORT_JSON} should hold one JSON object.")
+        return report
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Check manifest and files, before anything is loaded from them.
+
+    Raises:
+        BundleError, BundleIntegrityError: see `holdfast.manifest`.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def require_pass(bundle: Bundle, *, allow_unverified: bool) -> None:
+    """Raise NotVerifiedError unless the recorded verdict is PASS or the user said otherwise."""
+    if bundle.manifest.verdict != "PASS" and not allow_unverified:
+        raise NotVerifiedError(
+            f"The alignment verdict of {bundle.folder} is {bundle.manifest.verdict}, expected PASS: "
+            f"read {bundle.folder / REPORT_HTML}, or pass --serve-unverified-model to serve it anyway."
+        )

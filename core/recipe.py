@@ -1,0 +1,226 @@
+"""The recipe: everything that decides what a run produces. Flags and YAML files both end up here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from msgspec import Meta
+
+from holdfast.config import Config, decode, encode
+from holdfast.errors import RecipeError
+
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0.0)]
+
+RECIPE_VERSION = 1
+
+
+class PruneConfig(Config):
+    """Unstructured pruning of the linear layers inside the decoder blocks.
+
+    Attributes:
+        method: `none`, `magnitude` (|W|, per layer) or `wanda` (|W| * ||X||_2, per output row).
+        sparsity_frac: share of weights set to zero in each layer.
+    """
+
+    method: Literal["none", "magnitude", "wanda"] = "none"
+    sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
+
+
+class CalibrateConfig(Config):
+    """Contrastive PTQ calibration. Formulas: arXiv 2511.07842; the bounded form is Holdfast's default.
+
+    Attributes:
+        loss: `bounded` (minimum at the aligned model), `apc` (the paper's) or `kl` (no push).
+        alphas: weights of the push term to choose among, on held-out prompts by two-sided flips.
+        top_k: size of S_top and S_diff.
+        data: `builtin`, or a JSONL file of {"prompt", "kind": harmful|borderline|neutral}.
+        samples: prompts drawn from it, split evenly over the kinds.
+        held_out_frac: share of the samples kept aside to choose alpha.
+        response_tokens: answer tokens of the aligned model that each prompt is followed by.
+        first_response_weight: weight of the first response token, falling linearly to 1 over
+            `response_tokens`.
+        steps: optimizer steps for each alpha.
+        batch_size: prompts a step.
+        learn_activations, learn_clip, learn_scales: what is learned: static activation ranges,
+            per-channel weight clips, folded per-channel scales.
+        activation_lr, clip_lr, scale_lr: Adam's learning rates for them.
+    """
+
+    loss: Literal["bounded", "apc", "kl"] = "bounded"
+    alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.1, 0.3)
+    top_k: Positive = 500
+    data: str = "builtin"
+    samples: Positive = 192
+    held_out_frac: OpenFraction = 0.25
+    response_tokens: Positive = 16
+    first_response_weight: Annotated[float, Meta(ge=1.0)] = 4.0
+    steps: NotNegative = 32
+    batch_size: Positive = 24
+    learn_activations: bool = True
+    learn_clip: bool = True
+    learn_scales: bool = True
+    activation_lr: PositiveFloat = 5e-3
+    clip_lr: PositiveFloat = 5e-3
+    scale_lr: PositiveFloat = 5e-3
+
+
+class ExportConfig(Config):
+    """Export through Optimum.
+
+    Attributes:
+        opset: ONNX opset of the graph.
+        atol: largest absolute difference of logits between torch and the fp32 graph that passes.
+    """
+
+    opset: Annotated[int, Meta(ge=14, le=21)] = 17
+    atol: PositiveFloat = 1e-3
+
+
+class QuantizeConfig(Config):
+    """Quantization of the graph.
+
+    Attributes:
+        scheme: `w8a8` (static QDQ), `w4` (weight-only MatMulNBits) or `none` (fp32).
+        backend: `ort` (ONNX Runtime) or `inc` (Intel Neural Compressor).
+        activation_bits: width of static activations. Below 8 the graph clips before an 8-bit
+            QuantizeLinear: the damage is real, the kernel is still the 8-bit one.
+        block_size: weights that share a scale, for `w4`.
+        accuracy_level: compute type inside MatMulNBits, for `w4`: 0 unset, 1 fp32, 4 int8.
+        exclude: module paths (shell patterns, for example `lm_head`) left in fp32.
+        agreement_frac: smallest share of equal next tokens between simulation and artifact that passes.
+        atol: largest absolute logit difference between simulation and artifact that passes.
+    """
+
+    scheme: Literal["w8a8", "w4", "none"] = "w8a8"
+    backend: Literal["ort", "inc"] = "ort"
+    activation_bits: Annotated[int, Meta(ge=2, le=8)] = 8
+    block_size: Literal[16, 32, 64, 128] = 32
+    accuracy_level: Literal[0, 1, 4] = 4
+    exclude: tuple[str, ...] = ()
+    agreement_frac: Fraction = 0.99
+    atol: PositiveFloat = 0.05
+
+
+class SuiteChoice(Config):
+    """One suite of the alignment run.
+
+    Attributes:
+        name: a name that `holdfast suites` lists.
+        path: the file of a published set; built-in suites need none.
+    """
+
+    name: str
+    path: str | None = None
+
+
+BUILTIN_SUITES = (
+    SuiteChoice(name="refusal"),
+    SuiteChoice(name="over-refusal"),
+    SuiteChoice(name="constitution"),
+)
+
+
+class EvaluateConfig(Config):
+    """The alignment suite and the gate.
+
+    Attributes:
+        suites: what is run on the reference, its unaligned twin and the artifact.
+        limit: at most this many prompts a suite, taken evenly over it; 0 for all.
+        max_new_tokens: length of the greedy answers.
+        batch_size: prompts a batch.
+        margin_frac: non-inferiority margin of every gated metric.
+        alpha: one-sided error of the gate.
+    """
+
+    suites: Annotated[tuple[SuiteChoice, ...], Meta(min_length=1)] = BUILTIN_SUITES
+    limit: NotNegative = 0
+    max_new_tokens: Positive = 32
+    batch_size: Positive = 32
+    margin_frac: OpenFraction = 0.05
+    alpha: OpenFraction = 0.05
+
+
+class Recipe(Config):
+    """A whole run.
+
+    Attributes:
+        model: folder of the aligned model.
+        base: folder of its unaligned parent, or `ablate` to make a twin in memory.
+        seed: seeds every random choice; recorded in the bundle.
+        threads: intra-op threads of torch and ONNX Runtime; 0 leaves the choice to them.
+    """
+
+    model: str
+    base: str = "ablate"
+    version: Literal[1] = RECIPE_VERSION
+    seed: NotNegative = 0
+    threads: NotNegative = 0
+    prune: PruneConfig = PruneConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    export: ExportConfig = ExportConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """Read a YAML recipe; flags given beside it win.
+
+    Arguments:
+        path: the recipe file. Relative paths inside it are relative to its folder.
+        overrides: dotted keys to values, for example `{"quantize.backend": "inc"}`.
+
+    Raises:
+        RecipeError: unreadable, not a mapping, unknown keys, wrong types.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not a readable YAML recipe: {_first_line(error)}.") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: expected a mapping of keys, found {type(data).__name__}.")
+    _anchor(data, path.parent)
+    return make_recipe(data, overrides, what=str(path))
+
+
+def make_recipe(data: dict[str, Any], overrides: dict[str, Any], *, what: str) -> Recipe:
+    """Plain data plus dotted overrides to a Recipe; see `read_recipe`."""
+    for key, value in overrides.items():
+        *parents, last = key.split(".")
+        target = data
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return decode(data, Recipe, what=what)
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out."""
+    text: str = yaml.safe_dump(encode(recipe), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Make the recipe's relative paths relative to its own folder."""
+    for key in ("model", "base"):
+        value = data.get(key)
+        if isinstance(value, str) and value != "ablate":
+            data[key] = str((folder / value).resolve())
+    calibrate = data.get("calibrate")
+    if isinstance(calibrate, dict) and isinstance(calibrate.get("data"), str):
+        if calibrate["data"] != "builtin":
+            calibrate["data"] = str((folder / calibrate["data"]).resolve())
+    evaluate = data.get("evaluate")
+    suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
+    for suite in suites if isinstance(suites, list) else []:
+        if isinstance(suite, dict) and isinstance(suite.get("path"), str):
+            suite["path"] = str((folder / suite["path"]).resolve())
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Built-in suites: prompts and preference pairs written for this project."""
