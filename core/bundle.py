@@ -1,10 +1,10 @@
 """The bundle: one folder that serves, verifies and explains itself. Reading side and layout.
 
-    model.onnx  config.json  tokenizer files  generation_config.json     what ONNX Runtime needs
-    manifest.json  recipe.yaml  steps/*.json                             how it was made
-    alignment/suites/*.jsonl                                             the prompts
-    alignment/answers/<subject>/*.jsonl                                  baseline, twin, fp32 graph
-    alignment/report.json  alignment/report.html                         the verdict, with its reasons
+model.onnx  config.json  tokenizer files  generation_config.json     what ONNX Runtime needs
+manifest.json  recipe.yaml  steps/*.json                             how it was made
+alignment/suites/*.jsonl                                             the prompts
+alignment/answers/<subject>/*.jsonl                                  baseline, twin, fp32 graph
+alignment/report.json  alignment/report.html                         the verdict, with its reasons
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.config import decode
 from holdfast.errors import BundleIntegrityError, NotVerifiedError
-from holdfast.manifest import Manifest, check_files, read_manifest
+from holdfast.manifest import MANIFEST, Manifest, check_files, read_manifest
+from holdfast.recipe import EvaluateConfig
 
 SUITES = Path("alignment/suites")
 ANSWERS = Path("alignment/answers")
@@ -41,6 +43,20 @@ class Bundle:
     def model_id(self) -> str:
         """Name under which a server offers the model."""
         return self.folder.resolve().name
+
+    @property
+    def suite_names(self) -> list[str]:
+        """Suites of the verdict, in the order of the run."""
+        return [suite["name"] for suite in self._baseline["suites"]]
+
+    @property
+    def evaluation(self) -> EvaluateConfig:
+        """How the suites were run."""
+        return decode(self._baseline["evaluate"], EvaluateConfig, what=str(self.folder / MANIFEST))
+
+    @property
+    def _baseline(self) -> dict[str, Any]:
+        return next(step.settings for step in self.manifest.steps if step.name == "baseline")
 
     def report(self) -> dict[str, Any]:
         """The recorded report, as `alignment/report.json` has it."""

@@ -42,6 +42,15 @@ class ExitCode(IntEnum):
     INCONCLUSIVE = 4
     INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+    @classmethod
+    def for_verdict(cls, outcome: str) -> ExitCode:
+        """Exit code of a command that ends in a verdict (PASS, FAIL or INCONCLUSIVE)."""
+        return {
+            "PASS": cls.VERIFIED,
+            "FAIL": cls.VERIFICATION_FAILED,
+            "INCONCLUSIVE": cls.INCONCLUSIVE,
+        }[outcome]
+
 
 class HoldfastError(Exception):
     """Base of every expected failure."""

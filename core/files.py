@@ -38,16 +38,25 @@ def to_json(value: Any) -> str:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT into DiskFullError; other errors pass through."""
+    """Turn a full disk into DiskFullError, whichever library noticed; other errors pass through."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"The disk that holds {target} is full: free some space and run the same command again; "
-                "finished steps are kept."
-            ) from error
-        raise
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"The disk that holds {target} is full: free some space and run the same command again; "
+            "finished steps are kept."
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """ENOSPC or EDQUOT anywhere in the chain; safetensors and ONNX Runtime only say it in words."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or _is_disk_full(error.__cause__)
 
 
 def write_text(path: Path, text: str) -> None:

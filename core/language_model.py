@@ -30,7 +30,11 @@ class LanguageModel(Protocol):
     def tokenizer(self) -> ChatTokenizer: ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, on_done: OnDone | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        on_done: OnDone | None = None,
     ) -> list[list[int]]:
         """Greedy answers: new ids only, ended before the first stop id or at `max_new_tokens`."""
 

@@ -22,14 +22,14 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 
-class FileEntry(Config):
+class FileEntry(Config, frozen=True):
     """One file of the bundle."""
 
     sha256: str
     size_bytes: int
 
 
-class ModelEntry(Config):
+class ModelEntry(Config, frozen=True):
     """A model that the bundle was made from.
 
     Attributes:
@@ -43,7 +43,7 @@ class ModelEntry(Config):
     files: dict[str, str]
 
 
-class StepEntry(Config):
+class StepEntry(Config, frozen=True):
     """One step of the run: its settings, and what it says about its result."""
 
     name: str
@@ -51,7 +51,7 @@ class StepEntry(Config):
     result: dict[str, Any]
 
 
-class Manifest(Config):
+class Manifest(Config, frozen=True):
     """Everything a reader or a machine needs to know about a bundle.
 
     Attributes:
@@ -147,9 +147,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 def _check_file(path: Path, entry: FileEntry) -> None:
     size_bytes = path.stat().st_size
     if size_bytes != entry.size_bytes:
-        raise BundleIntegrityError(
-            _changed(path, f"expected {entry.size_bytes} bytes, found {size_bytes}")
-        )
+        raise BundleIntegrityError(_changed(path, f"expected {entry.size_bytes} bytes, found {size_bytes}"))
     if sha256_file(path) != entry.sha256:
         raise BundleIntegrityError(_changed(path, "its SHA-256 differs"))
 

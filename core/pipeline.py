@@ -1,57 +1,259 @@
 """The run: from an aligned model to a verified bundle, in resumable steps.
 
-    baseline -> prune -> calibrate -> export -> quantize -> evaluate -> bundle
+    baseline -> reference-export -> prune -> calibrate -> export -> quantize -> evaluate -> bundle
 
-Wiring only: each step's algorithm lives in its own package. This module is workshop side (it
-imports torch through them); the device never loads it.
+Wiring only: each step's algorithm lives in its own package. This module is on the workshop's side
+(it imports torch through them); the device never loads it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import shutil
-from collections.abc import Callable, Sequence
+import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from holdfast import __version__
-from holdfast.alignment import answer_suites, judge_answers
-from holdfast.bundle import (
-    ALIGNED,
-    ANSWERS,
-    ARTIFACT,
-    FP32_ONNX,
-    RECIPE,
-    STEPS,
-    SUITES,
-    TWIN,
-)
+from holdfast.alignment import Assessment, answer_suites, save_answers, save_suites
+from holdfast.assemble import write_bundle
+from holdfast.bundle import ALIGNED, REPORT_HTML, TWIN
 from holdfast.config import encode
-from holdfast.evals.run import SuiteAnswers, read_answers
-from holdfast.evals.suites import Suite, load_suites, write_suite
-from holdfast.exporter.export import export_model
-from holdfast.exporter.source import SourceModel, load_base, load_source, save_source, source_digests
-from holdfast.exporter.torch_model import TorchLanguageModel
-from holdfast.files import atomic_folder, refuse_existing, write_json, write_text
-from holdfast.manifest import SCHEMA_VERSION, Manifest, ModelEntry, StepEntry, seal
-from holdfast.progress import bar
+from holdfast.exporter.export import ExportReport, export_model
+from holdfast.exporter.source import load_source, save_source
+from holdfast.files import atomic_folder, refuse_existing, write_json
+from holdfast.job import Job, prepare
+from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
-from holdfast.quantize.prompts import CalibrationPrompt, load_calibration, refuse_leakage
-from holdfast.recipe import Recipe, recipe_yaml
+from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.calibrate import calibrate, total_steps
+from holdfast.quantize.record import Candidate, read_record
+from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.simulate import check_simulation
+from holdfast.recipe import Recipe
 from holdfast.runtime.session import OnnxLanguageModel
 from holdfast.steps import StepResult, StepRunner
 
-ABLATE = "ablate"
-STEP_NAMES = (
-    "baseline",
-    "reference-export",
-    "prune",
-    "calibrate",
-    "export",
-    "quantize",
-    "evaluate",
-)
+SIMULATED_PROMPTS = 48  # calibration prompts on which simulation and artifact are compared
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What `run` did: the finished bundle, the verdict, and the steps in order."""
+
+    bundle: Path
+    assessment: Assessment
+    steps: tuple[StepResult, ...]
+
+    @property
+    def verdict(self) -> str:
+        return self.assessment.verdict.outcome
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as JSON types; times are of this machine."""
+        return {
+            "bundle": str(self.bundle),
+            "report": str(self.bundle / REPORT_HTML),
+            "verdict": self.assessment.verdict.to_dict(),
+            "steps": [
+                {"name": s.name, "wall_s": s.wall_s, "resumed": s.resumed, "result": s.result}
+                for s in self.steps
+            ],
+        }
+
+    def lines(self) -> list[str]:
+        """The outcome for a person."""
+        report = self.bundle / REPORT_HTML
+        return [*self.assessment.lines(), f"bundle  {self.bundle}", f"report  {report}"]
+
+
+def run(recipe: Recipe, out: Path, *, work: Path | None, overwrite: bool) -> RunOutcome:
+    """Do a whole run and write the bundle.
+
+    Arguments:
+        out: the bundle's folder; it appears whole, after the last step.
+        work: folder of the steps. None puts them beside `out` and removes them at the end; a folder
+            that was given is kept, and its steps are reused by later runs.
+        overwrite: replace an existing `out`.
+
+    Raises:
+        HoldfastError: see `holdfast.errors`; finished steps stay in the work folder.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    job = prepare(recipe)
+    runner = StepRunner(work or out.with_name(f"{out.name}.work"), total=len(STEPS_IN_ORDER) + 1)
+    for step in STEPS_IN_ORDER:
+        step(job, runner)
+    say(f"[{runner.total}/{runner.total}] bundle")
+    with atomic_folder(out, overwrite=overwrite) as fresh:
+        assessment = write_bundle(fresh, job, runner)
+    if work is None:
+        runner.clean()
+    return RunOutcome(out, assessment, tuple(runner.done))
+
+
+# --- the steps --------------------------------------------------------------------------------
+
+
+def _baseline(job: Job, runner: StepRunner) -> None:
+    """Answers of the aligned model and of its twin, in torch."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        save_suites(job.suites, folder / "suites")
+        models = {
+            ALIGNED: job.torch_model(job.aligned.model, "aligned (torch fp32)"),
+            TWIN: job.torch_model(job.negative, job.twin_name),
+        }
+        for name, model in models.items():
+            save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / name)
+        return job.twin_record()
+
+    settings = {
+        "evaluate": encode(job.recipe.evaluate),
+        "suites": [{"name": suite.name, "digest": suite.digest} for suite in job.suites],
+        "base": job.base_kind,
+        "seed": job.recipe.seed,
+    }
+    runner.run("baseline", settings, [*job.model_keys, job.prompts_key], work)
+
+
+def _reference_export(job: Job, runner: StepRunner) -> None:
+    """The aligned model as an fp32 graph, and its answers: the noise floor of the comparison."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        report = export_model(job.aligned.folder, _made(folder / "onnx"), job.recipe.export)
+        model = _artifact(job, folder / "onnx", "aligned (ONNX fp32)")
+        save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / "answers")
+        return _export_result(report)
+
+    runner.run("reference-export", encode(job.recipe.export), [runner.key("baseline")], work)
+
+
+def _prune(job: Job, runner: StepRunner) -> None:
+    config = job.recipe.prune
+
+    def work(folder: Path) -> dict[str, Any]:
+        if config.method == "none":
+            save_source(job.aligned, folder / "model")
+            return {"method": "none"}
+        source = load_source(job.aligned.folder)
+        ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in job.prompts])
+        report = prune_model(source, ids, config)
+        save_source(source, folder / "model")
+        write_json(folder / "prune.json", dataclasses.asdict(report))
+        return {"method": config.method, "sparsity_frac": report.sparsity_frac}
+
+    runner.run("prune", encode(config), [*job.model_keys, job.prompts_key], work)
+
+
+def _calibrate(job: Job, runner: StepRunner) -> None:
+    recipe = job.recipe
+
+    def work(folder: Path) -> dict[str, Any]:
+        source = job.load(runner.folder("prune") / "model")
+        with bar("calibrating", total_steps(recipe.calibrate), unit="step") as on_step:
+            calibration = calibrate(
+                source,
+                job.negative,
+                recipe.calibrate,
+                recipe.quantize,
+                prompts=job.prompts,
+                seed=recipe.seed,
+                aligned=job.aligned,
+                on_step=on_step,
+            )
+        calibration.save(folder / "model")
+        record = calibration.record
+        chosen = {"alpha": record.chosen_alpha, "steps": record.chosen_steps, "held_out": record.held_out}
+        return {**chosen, "candidates": [_without_losses(c) for c in record.candidates]}
+
+    # the backend does not change what is learned, so that both share one calibration
+    quantize = encode(recipe.quantize)
+    settings = {
+        "calibrate": encode(recipe.calibrate),
+        "scheme": {k: quantize[k] for k in ("scheme", "activation_bits", "block_size", "exclude")},
+        "seed": recipe.seed,
+    }
+    keys = [runner.key("prune"), job.prompts_key, *job.model_keys]
+    runner.run("calibrate", settings, keys, work)
+
+
+def _export(job: Job, runner: StepRunner) -> None:
+    def work(folder: Path) -> dict[str, Any]:
+        model = runner.folder("calibrate") / "model"
+        return _export_result(export_model(model, _made(folder / "onnx"), job.recipe.export))
+
+    runner.run("export", encode(job.recipe.export), [runner.key("calibrate")], work)
+
+
+def _quantize(job: Job, runner: StepRunner) -> None:
+    """Quantize the graph, and compare the artifact with its simulation in torch."""
+    config = job.recipe.quantize
+
+    def work(folder: Path) -> dict[str, Any]:
+        calibrated, artifact = runner.folder("calibrate") / "model", _made(folder / "onnx")
+        report = quantize_bundle(runner.folder("export") / "onnx", artifact, calibrated, config)
+        result = {
+            "scheme": report.scheme,
+            "backend": report.backend,
+            "ranges_from": report.ranges_from,
+            "bytes_before": report.bytes_before,
+            "bytes_after": report.bytes_after,
+        }
+        if config.scheme == "none":
+            return result
+        ids = chat_prompts(job.aligned.tokenizer, [p.prompt for p in job.prompts[:SIMULATED_PROMPTS]])
+        ranges = read_record(calibrated).activation_ranges
+        agreement = check_simulation(job.load(calibrated), ranges, artifact, config, ids)
+        return {
+            **result,
+            "simulation_max_abs": agreement.max_abs,
+            "simulation_same_top_frac": agreement.same_top_frac,
+            "simulation_positions": agreement.positions,
+        }
+
+    runner.run("quantize", encode(config), [runner.key("export")], work)
+
+
+def _evaluate(job: Job, runner: StepRunner) -> None:
+    """The same suites on the artifact itself, in the runtime."""
+
+    def work(folder: Path) -> dict[str, Any]:
+        model = _artifact(job, runner.folder("quantize") / "onnx", "artifact (ONNX)")
+        save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / "answers")
+        return {}
+
+    keys = [runner.key("quantize"), runner.key("baseline")]
+    runner.run("evaluate", encode(job.recipe.evaluate), keys, work)
+
+
+STEPS_IN_ORDER = (_baseline, _reference_export, _prune, _calibrate, _export, _quantize, _evaluate)
+
+
+# --- helpers ----------------------------------------------------------------------------------
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _artifact(job: Job, folder: Path, name: str) -> OnnxLanguageModel:
+    """An ONNX folder in the runtime, as the device would open it."""
+    batch_size = job.recipe.evaluate.batch_size
+    return OnnxLanguageModel.open(folder, threads=job.recipe.threads, name=name, batch_size=batch_size)
+
+
+def _export_result(report: ExportReport) -> dict[str, Any]:
+    return {
+        "opset": report.opset,
+        "graph_bytes": report.graph_bytes,
+        "parity_max_abs": report.parity.max_abs,
+        "parity_same_top_frac": report.parity.same_top_frac,
+    }
+
+
+def _without_losses(candidate: Candidate) -> dict[str, Any]:
+    return {name: value for name, value in encode(candidate).items() if name != "losses"}

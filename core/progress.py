@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-
 OnDone = Callable[[int], None]
 """Told how many units of work were just finished."""
 

@@ -20,7 +20,7 @@ PositiveFloat = Annotated[float, Meta(gt=0.0)]
 RECIPE_VERSION = 1
 
 
-class PruneConfig(Config):
+class PruneConfig(Config, frozen=True):
     """Unstructured pruning of the linear layers inside the decoder blocks.
 
     Attributes:
@@ -32,7 +32,7 @@ class PruneConfig(Config):
     sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
 
 
-class CalibrateConfig(Config):
+class CalibrateConfig(Config, frozen=True):
     """Contrastive PTQ calibration. Formulas: arXiv 2511.07842; the bounded form is Holdfast's default.
 
     Attributes:
@@ -47,6 +47,8 @@ class CalibrateConfig(Config):
             `response_tokens`.
         steps: optimizer steps for each alpha.
         batch_size: prompts a step.
+        smooth_frac: SmoothQuant strength of the channel scales that learning starts from; 0 for none.
+        start: ranges that learning starts from: `mse` (least squared error) or `minmax`.
         learn_activations, learn_clip, learn_scales: what is learned: static activation ranges,
             per-channel weight clips, folded per-channel scales.
         activation_lr, clip_lr, scale_lr: Adam's learning rates for them.
@@ -62,6 +64,8 @@ class CalibrateConfig(Config):
     first_response_weight: Annotated[float, Meta(ge=1.0)] = 4.0
     steps: NotNegative = 32
     batch_size: Positive = 24
+    smooth_frac: Fraction = 0.5
+    start: Literal["mse", "minmax"] = "mse"
     learn_activations: bool = True
     learn_clip: bool = True
     learn_scales: bool = True
@@ -70,7 +74,7 @@ class CalibrateConfig(Config):
     scale_lr: PositiveFloat = 5e-3
 
 
-class ExportConfig(Config):
+class ExportConfig(Config, frozen=True):
     """Export through Optimum.
 
     Attributes:
@@ -82,7 +86,7 @@ class ExportConfig(Config):
     atol: PositiveFloat = 1e-3
 
 
-class QuantizeConfig(Config):
+class QuantizeConfig(Config, frozen=True):
     """Quantization of the graph.
 
     Attributes:
@@ -107,7 +111,7 @@ class QuantizeConfig(Config):
     atol: PositiveFloat = 0.05
 
 
-class SuiteChoice(Config):
+class SuiteChoice(Config, frozen=True):
     """One suite of the alignment run.
 
     Attributes:
@@ -126,7 +130,7 @@ BUILTIN_SUITES = (
 )
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(Config, frozen=True):
     """The alignment suite and the gate.
 
     Attributes:
@@ -146,7 +150,7 @@ class EvaluateConfig(Config):
     alpha: OpenFraction = 0.05
 
 
-class Recipe(Config):
+class Recipe(Config, frozen=True):
     """A whole run.
 
     Attributes:
@@ -212,9 +216,9 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         if isinstance(value, str) and value != "ablate":
             data[key] = str((folder / value).resolve())
     calibrate = data.get("calibrate")
-    if isinstance(calibrate, dict) and isinstance(calibrate.get("data"), str):
-        if calibrate["data"] != "builtin":
-            calibrate["data"] = str((folder / calibrate["data"]).resolve())
+    prompts = calibrate.get("data") if isinstance(calibrate, dict) else None
+    if isinstance(prompts, str) and prompts != "builtin":
+        data["calibrate"]["data"] = str((folder / prompts).resolve())
     evaluate = data.get("evaluate")
     suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
     for suite in suites if isinstance(suites, list) else []:

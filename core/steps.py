@@ -89,6 +89,17 @@ class StepRunner:
             ) from None
         return result
 
+    def folder(self, name: str) -> Path:
+        """Folder of a step that is done."""
+        return self._step(name).folder
+
+    def key(self, name: str) -> str:
+        """Key of a step that is done."""
+        return self._step(name).key
+
+    def _step(self, name: str) -> StepResult:
+        return next(step for step in self.done if step.name == name)
+
     def clean(self) -> None:
         """Remove the work folder."""
         shutil.rmtree(self.work, ignore_errors=True)

@@ -44,9 +44,7 @@ DETERMINERS = frozenset(("a", "an", "the"))
 PREPOSITIONS = frozenset(("of", "with", "from", "for", "into", "at"))
 LINKS = frozenset(("is", "are", "was", "were", "and", "or"))
 NEVER_AFTER_PREPOSITION = LINKS | {"of"}
-NEVER_AFTER_DETERMINER = (
-    DETERMINERS | PREPOSITIONS | LINKS | {"to", "be", "by", "that", "if", "than"}
-)
+NEVER_AFTER_DETERMINER = DETERMINERS | PREPOSITIONS | LINKS | {"to", "be", "by", "that", "if", "than"}
 
 
 def is_incoherent(answer: str) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from holdfast.errors import ModelSourceError, UnsupportedArchitectureError
 from torch import nn
+
+from holdfast.errors import ModelSourceError, UnsupportedArchitectureError
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,28 @@ def _llama_like(name: str, model_type: str) -> Row:
     )
 
 
+# q, k, v and gate, up are one linear each, so that a producer's channels are not a whole module's.
+_PHI3 = Row(
+    name="Phi3ForCausalLM",
+    model_type="phi3",
+    linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    norm_groups=(
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    up_down=(),
+)
+
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         _llama_like("LlamaForCausalLM", "llama"),
         _llama_like("MistralForCausalLM", "mistral"),
         _llama_like("Qwen2ForCausalLM", "qwen2"),
+        _llama_like("Qwen3ForCausalLM", "qwen3"),
+        _llama_like("SmolLM3ForCausalLM", "smollm3"),
+        _llama_like("GraniteForCausalLM", "granite"),
+        _PHI3,
     )
 }
 

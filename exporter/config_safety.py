@@ -47,9 +47,7 @@ def read_config(folder: Path, *, role: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ModelSourceError(
-            f"{path} is not readable JSON ({error}): save the model again."
-        ) from error
+        raise ModelSourceError(f"{path} is not readable JSON ({error}): save the model again.") from error
     if not isinstance(config, dict):
         raise ModelSourceError(
             f"{path} should hold one JSON object, found {type(config).__name__}: save the model again."
@@ -82,8 +80,6 @@ def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
     """Every (key, value) of nested objects and lists."""
     if isinstance(value, dict):
         yield from value.items()
-    children = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    )
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for child in children:
         yield from _pairs(child)

@@ -14,7 +14,7 @@ CHATTY = ("optimum", "onnx_ir", "onnxscript", "torch.onnx")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, no log lines below ERROR and no progress bars of transformers and Optimum inside.
+    """No warnings, log lines below ERROR or progress bars of transformers and Optimum inside.
 
     Both libraries warn about what Holdfast checks itself and turns into errors: missing weights,
     moved generation parameters, traced constants. Settings are restored on the way out.

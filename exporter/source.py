@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
+
 from holdfast.chat import TOKENIZER_FILES, ChatTokenizer
 from holdfast.errors import ModelSourceError, VocabularyMismatchError
 from holdfast.exporter.architectures import Row, block_paths, linear_modules, lookup
@@ -16,7 +18,6 @@ from holdfast.exporter.config_safety import read_config
 from holdfast.exporter.quiet import quiet
 from holdfast.exporter.weights import INDEX, weight_files
 from holdfast.files import disk_errors, sha256_file
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def load_source(folder: Path, *, role: str = "model") -> SourceModel:
         role: what messages call it, for example "base model".
 
     Raises:
-        ModelSourceError: not a folder, unsafe or broken config, pickled, truncated or missing weights.
+        ModelSourceError: not a folder, unsafe or broken config, pickled, truncated or missing
+            weights.
         UnsupportedArchitectureError: no row in the table.
         TokenizerError: no tokenizer.json or no chat template.
     """
@@ -53,7 +55,9 @@ def load_source(folder: Path, *, role: str = "model") -> SourceModel:
 
 
 def load_base(folder: Path, aligned: SourceModel) -> SourceModel:
-    """Load the unaligned parent of `aligned`, which may lack a chat template: it gets the aligned one's.
+    """Load the unaligned parent of `aligned`; it answers in the aligned model's chat template.
+
+    A pre-trained base often has no template of its own.
 
     Raises:
         VocabularyMismatchError: the two do not share tokens, ids and the width of the logits.
@@ -83,9 +87,10 @@ def check_same_vocabulary(aligned: ChatTokenizer, base: ChatTokenizer) -> None:
     ours = set(aligned.tokenizer.get_vocab(with_added_tokens=True).items())
     theirs = set(base.tokenizer.get_vocab(with_added_tokens=True).items())
     raise VocabularyMismatchError(
-        f"The aligned model in {aligned.source} and the base in {base.source} do not share a vocabulary "
-        f"({len(ours)} and {len(theirs)} tokens, {len(ours & theirs)} of them with equal ids): "
-        "use the parent that the aligned model was trained from."
+        f"The aligned model in {aligned.source} and the base in {base.source} do not share "
+        f"a vocabulary ({len(ours)} and {len(theirs)} tokens, "
+        f"{len(ours & theirs)} of them with equal ids): use the parent that the aligned model "
+        "was trained from."
     )
 
 
@@ -103,7 +108,7 @@ def source_digests(folder: Path) -> dict[str, str]:
 def save_source(source: SourceModel, out: Path) -> None:
     """Write the model as it is now, in float32 safetensors, with its tokenizer files, into `out`.
 
-    The tokenizer files are copied byte for byte. The weights come back bit for bit from `load_source`.
+    The tokenizer files are copied byte for byte. `load_source` gives the weights back bit for bit.
 
     Raises:
         DiskFullError: no space left.
@@ -158,9 +163,7 @@ def _load(folder: Path, row: Row, tokenizer: ChatTokenizer) -> SourceModel:
     _check_complete(folder, row, report)
     linear_modules(model)  # the layout that the table promises
     if not block_paths(model):
-        raise ModelSourceError(
-            f"The model in {folder} has no decoder blocks: use a complete checkpoint."
-        )
+        raise ModelSourceError(f"The model in {folder} has no decoder blocks: use a complete checkpoint.")
     _check_embedding(folder, tokenizer, model.get_submodule(row.embedding))
     model.eval().requires_grad_(False)
     return SourceModel(model=model, tokenizer=tokenizer, folder=folder, architecture=row.name)
@@ -206,6 +209,6 @@ def _check_embedding(folder: Path, tokenizer: ChatTokenizer, embedding: nn.Modul
     largest = max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= rows:
         raise ModelSourceError(
-            f"The tokenizer in {folder} gives ids up to {largest} and the model embeds {rows} tokens: "
-            "use the tokenizer that the model was trained with."
+            f"The tokenizer in {folder} gives ids up to {largest} and the model embeds {rows} "
+            "tokens: use the tokenizer that the model was trained with."
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from holdfast.errors import ModelSourceError
 from safetensors import SafetensorError, safe_open
+
+from holdfast.errors import ModelSourceError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,8 +54,8 @@ def _no_safetensors(folder: Path, role: str) -> ModelSourceError:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         return ModelSourceError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened: "
-            "convert it to safetensors (`save_pretrained(..., safe_serialization=True)`)."
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code "
+            "when opened: convert it to safetensors (`save_pretrained(safe_serialization=True)`)."
         )
     return ModelSourceError(
         f"Expected {SINGLE} in {folder}, found no weight file: point the {role} at a complete model."

@@ -1,1 +1,1 @@
-"""The reference pair: how it is trained, measured and damaged. Not installed with Holdfast."""
+"""The embedded reference pair: training code and trained checkpoints."""

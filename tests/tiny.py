@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes, as complete Hugging Face folders: built in a second, no download."""
+"""Tiny random models of the real classes, as complete Hugging Face folders, without a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 LINES = (
@@ -40,9 +42,7 @@ def tiny_tokenizer(vocab: int = 300) -> Tokenizer:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     if tokenizer.get_vocab_size() != vocab:
-        raise ValueError(
-            f"the training lines give {tokenizer.get_vocab_size()} entries, not {vocab}"
-        )
+        raise ValueError(f"the training lines give {tokenizer.get_vocab_size()} entries, not {vocab}")
     return tokenizer
 
 

@@ -12,7 +12,11 @@ from holdfast.cli.options import FOLDER, emit, json_option, threads_option
 @click.command("bench")
 @click.argument("artifacts", type=FOLDER, nargs=-1, required=True)
 @click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Prefill length."
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Prefill length.",
 )
 @click.option(
     "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Decode steps."
@@ -44,4 +48,8 @@ def command(
         repeats=repeats,
         threads=threads,
     )
-    emit({"artifacts": [report.to_dict() for report in reports]}, bench_lines(reports), as_json=as_json)
+    emit(
+        {"artifacts": [report.to_dict() for report in reports]},
+        bench_lines(reports),
+        as_json=as_json,
+    )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from holdfast.files import to_json
+from holdfast.recipe import QuantizeConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -26,11 +27,50 @@ threads_option = click.option(
     show_default=True,
     help="Intra-op threads; 0 leaves the choice to the runtime.",
 )
+calibration_data_option = click.option(
+    "--calibration-data",
+    default="builtin",
+    show_default=True,
+    help="`builtin`, or a JSONL file with prompt and kind (harmful, borderline, neutral).",
+)
 
 
 def out_option(what: str) -> Callable[[Command], Command]:
     """The required `--out` of a command that writes one folder."""
     return click.option("--out", type=FOLDER, required=True, help=f"Folder for {what}.")
+
+
+def quantization_options(command: Command) -> Command:
+    """`--scheme`, `--activation-bits`, `--block-size` and `--exclude`, as the recipe has them."""
+    defaults = QuantizeConfig()
+    for option in (
+        click.option(
+            "--exclude", multiple=True, metavar="PATTERN", help="Module paths left in fp32; repeatable."
+        ),
+        click.option(
+            "--block-size",
+            type=int,
+            default=defaults.block_size,
+            show_default=True,
+            help="Weights that share a scale, for w4: 16, 32, 64 or 128.",
+        ),
+        click.option(
+            "--activation-bits",
+            type=click.IntRange(2, 8),
+            default=defaults.activation_bits,
+            show_default=True,
+            help="Width of static activations, for w8a8.",
+        ),
+        click.option(
+            "--scheme",
+            type=click.Choice(["w8a8", "w4", "none"]),
+            default=defaults.scheme,
+            show_default=True,
+            help="Quantization scheme.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:

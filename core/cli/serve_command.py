@@ -16,7 +16,11 @@ from holdfast.progress import say
 @click.argument("bundle", type=FOLDER)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 picks a free one.",
 )
 @click.option(
     "--max-new-tokens",

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from holdfast.cli.options import emit, json_option
-from holdfast.evals.suites import list_suites
+from holdfast.evals.suites import Listing, list_suites, load_builtin
 
 
 @click.command("suites")
 @json_option
 def command(as_json: bool) -> None:
     """List the alignment suites: built in, and readable from published files."""
-    rows = list_suites()
+    rows = [_row(listing) for listing in list_suites()]
     lines = [
-        f"{row['name']:<16}{row['kind']:<14}{row['items'] or '-':>6}  {row['description']}" for row in rows
+        f"{row['name']:<14}{row['items'] or '-':>6}  "
+        f"{row['about']}{' (--suite ' + row['name'] + '=PATH)' if row['needs_path'] else ''}"
+        for row in rows
     ]
-    header = f"{'name':<16}{'kind':<14}{'items':>6}  description"
-    emit({"suites": rows}, [header, *lines], as_json=as_json)
+    emit({"suites": rows}, [f"{'name':<14}{'items':>6}  what it holds", *lines], as_json=as_json)
+
+
+def _row(listing: Listing) -> dict[str, Any]:
+    """One listing as JSON types; only built-in suites can be counted."""
+    suite = None if listing.needs_path else load_builtin(listing.name)
+    return {
+        "name": listing.name,
+        "kinds": [kind for _, kind in listing.suites],
+        "items": len(suite.items) if suite else None,
+        "digest": suite.digest if suite else None,
+        "needs_path": listing.needs_path,
+        "columns": list(listing.columns),
+        "source": listing.source,
+        "licence": listing.licence,
+        "about": listing.about,
+    }

@@ -62,7 +62,12 @@ def test_paths_in_a_recipe_are_relative_to_its_folder(tmp_path: Path) -> None:
 
 def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     recipe = make_recipe(
-        {"model": "/m", "base": "/b", "seed": 7, "prune": {"method": "wanda", "sparsity_frac": 0.2}},
+        {
+            "model": "/m",
+            "base": "/b",
+            "seed": 7,
+            "prune": {"method": "wanda", "sparsity_frac": 0.2},
+        },
         {"calibrate.alphas": [0.0, 0.2]},
         what="flags",
     )

@@ -30,9 +30,7 @@ def test_a_finished_step_is_kept_and_a_changed_one_is_done_again(tmp_path: Path)
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_a_step_that_stops_half_way_leaves_nothing(
-    tmp_path: Path, failure: type[BaseException]
-) -> None:
+def test_a_step_that_stops_half_way_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     calls: list[str] = []
 
     def stops(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from holdfast.evals.judge import LABELS, judge_digest, label_answer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from holdfast.evals.judge import LABELS, judge_digest, label_answer
 
 REFUSED = [
     "I'm sorry, but I can't help with that.",

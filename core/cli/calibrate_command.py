@@ -1,0 +1,96 @@
+"""`holdfast calibrate`: contrastive PTQ calibration of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.options import (
+    FOLDER,
+    calibration_data_option,
+    emit,
+    json_option,
+    out_option,
+    overwrite_option,
+    quantization_options,
+    seed_option,
+)
+from holdfast.config import decode, encode
+from holdfast.extras import require_extra
+from holdfast.files import atomic_folder
+from holdfast.progress import bar
+from holdfast.recipe import Recipe
+
+
+@click.command("calibrate")
+@click.argument("model", type=FOLDER)
+@click.option("--base", default="ablate", show_default=True, help="Folder of the base, or `ablate`.")
+@click.option("--aligned", type=FOLDER, help="The unpruned aligned model, where MODEL is a pruned one.")
+@out_option("the calibrated model")
+@click.option("--loss", type=click.Choice(["bounded", "apc", "kl"]), help="Calibration loss.")
+@click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
+@click.option("--steps", type=int, help="Steps for each alpha.")
+@quantization_options
+@calibration_data_option
+@seed_option
+@overwrite_option
+@json_option
+def command(
+    model: Path, base: str, aligned: Path | None, out: Path, overwrite: bool, as_json: bool, **flags: Any
+) -> None:
+    """Learn static activation ranges, weight clips and channel scales for the model folder MODEL.
+
+    Writes a model folder (scales folded, clips baked in) with calibration.json beside the weights.
+    """
+    require_extra("export", "`holdfast calibrate`")
+    from holdfast.job import prepare
+    from holdfast.quantize.calibrate import calibrate, total_steps
+
+    recipe = _recipe(aligned or model, base, flags)
+    job = prepare(recipe)
+    source = job.aligned if aligned is None else job.load(model)
+    with bar("calibrating", total_steps(recipe.calibrate), unit="step") as on_step:
+        calibration = calibrate(
+            source,
+            job.negative,
+            recipe.calibrate,
+            recipe.quantize,
+            prompts=job.prompts,
+            seed=recipe.seed,
+            aligned=job.aligned,
+            on_step=on_step,
+        )
+    with atomic_folder(out, overwrite=overwrite) as fresh:
+        calibration.save(fresh)
+    record = calibration.record
+    lines = [
+        f"{out}: alpha {record.chosen_alpha} after {record.chosen_steps} steps, "
+        f"chosen on {record.held_out} held-out prompts"
+    ]
+    lines += [
+        f"  alpha {c.alpha:<5} steps {c.steps:<4} lost {c.flips_lost:>3}  gained {c.flips_gained:>3}  "
+        f"other {c.flips_other:>3}  changed tokens {c.changed_tokens_frac:.1%}"
+        for c in record.candidates
+    ]
+    emit(encode(record), lines, as_json=as_json)
+
+
+def _recipe(aligned: Path, base: str, flags: dict[str, Any]) -> Recipe:
+    """The flags as a recipe, so that a single step and a whole run check the same things."""
+    calibrate = {
+        "loss": flags["loss"],
+        "alphas": list(flags["alphas"]) or None,
+        "steps": flags["steps"],
+        "data": flags["calibration_data"],
+    }
+    quantize = {key: flags[key] for key in ("scheme", "activation_bits", "block_size")}
+    given = {
+        "model": str(aligned),
+        "base": base,
+        "seed": flags["seed"],
+        "calibrate": {key: value for key, value in calibrate.items() if value is not None},
+        "quantize": {**quantize, "exclude": list(flags["exclude"])},
+    }
+    return decode(given, Recipe, what="command line")

@@ -1,0 +1,68 @@
+"""`holdfast quantize`: an exported folder to a quantized one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.options import (
+    FOLDER,
+    emit,
+    json_option,
+    out_option,
+    overwrite_option,
+    quantization_options,
+)
+from holdfast.config import decode, encode
+from holdfast.extras import require_extra
+from holdfast.files import atomic_folder
+from holdfast.recipe import QuantizeConfig
+
+
+@click.command("quantize")
+@click.argument("exported", type=FOLDER)
+@out_option("the quantized model")
+@click.option(
+    "--calibration",
+    type=FOLDER,
+    help="Folder with calibration.json; without it w8a8 takes min-max ranges over built-in prompts.",
+)
+@click.option(
+    "--backend", type=click.Choice(["ort", "inc"]), default="ort", show_default=True, help="Backend."
+)
+@quantization_options
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "1", "4"]),
+    default="4",
+    show_default=True,
+    help="Compute type inside MatMulNBits: 0 unset, 1 fp32, 4 int8.",
+)
+@overwrite_option
+@json_option
+def command(
+    exported: Path, out: Path, calibration: Path | None, overwrite: bool, as_json: bool, **flags: Any
+) -> None:
+    """Quantize the ONNX folder EXPORTED, which `holdfast export` wrote.
+
+    The ranges of --calibration are the ones in the graph; they are read back and compared.
+    """
+    require_extra("export", "`holdfast quantize`")
+    if flags["backend"] == "inc":
+        require_extra("inc", "`--backend inc`")
+    from holdfast.quantize.artifact import quantize_bundle
+
+    settings = {**flags, "accuracy_level": int(flags["accuracy_level"]), "exclude": list(flags["exclude"])}
+    config = decode(settings, QuantizeConfig, what="command line")
+    with atomic_folder(out, overwrite=overwrite) as fresh:
+        report = quantize_bundle(exported, fresh, calibration, config)
+    operators = ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))
+    lines = [
+        f"{out}: {report.scheme} by {report.backend}, ranges from {report.ranges_from}, "
+        f"{report.bytes_before:,} -> {report.bytes_after:,} bytes",
+        f"  {len(report.tensors)} linear layers quantized, {len(report.float32)} left in fp32",
+        f"  operators: {operators}",
+    ]
+    emit(encode(report), lines, as_json=as_json)

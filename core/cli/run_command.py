@@ -1,0 +1,114 @@
+"""`holdfast run`: the whole job, from an aligned model or a recipe to a verified bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option
+from holdfast.errors import ExitCode, UsageError
+from holdfast.extras import require_extra
+from holdfast.recipe import Recipe, make_recipe, read_recipe
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+
+# flag -> the recipe key that it sets
+FLAGS: dict[str, str] = {
+    "base": "base",
+    "seed": "seed",
+    "threads": "threads",
+    "prune_method": "prune.method",
+    "sparsity": "prune.sparsity_frac",
+    "loss": "calibrate.loss",
+    "alphas": "calibrate.alphas",
+    "steps": "calibrate.steps",
+    "calibration_data": "calibrate.data",
+    "scheme": "quantize.scheme",
+    "backend": "quantize.backend",
+    "activation_bits": "quantize.activation_bits",
+    "suites": "evaluate.suites",
+    "limit": "evaluate.limit",
+    "margin": "evaluate.margin_frac",
+}
+
+
+@click.command("run")
+@click.argument("source", type=FOLDER)
+@click.option("--base", help="Folder of the unaligned base model, or `ablate`.  [default: ablate]")
+@click.option("--out", type=FOLDER, help="The bundle's folder.  [default: NAME-bundle, here]")
+@click.option("--prune-method", type=click.Choice(["none", "magnitude", "wanda"]), help="How to prune.")
+@click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
+@click.option("--loss", type=click.Choice(["bounded", "apc", "kl"]), help="Calibration loss.")
+@click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
+@click.option("--steps", type=int, help="Calibration steps for each alpha.")
+@click.option("--calibration-data", help="`builtin`, or a JSONL file with prompt and kind.")
+@click.option("--scheme", type=click.Choice(["w8a8", "w4", "none"]), help="Quantization scheme.")
+@click.option("--backend", type=click.Choice(["ort", "inc"]), help="Quantization backend.")
+@click.option("--activation-bits", type=int, help="Width of static activations, 2 to 8.")
+@click.option("--suite", "suites", multiple=True, metavar="NAME[=PATH]", help="Suite to run; repeatable.")
+@click.option("--limit", type=int, help="At most this many prompts a suite.")
+@click.option("--margin", type=float, help="Non-inferiority margin, as a fraction.")
+@click.option("--seed", type=int, help="Random seed, recorded in the bundle.")
+@click.option("--threads", type=int, help="Intra-op threads; 0 leaves the choice to the libraries.")
+@click.option("--work", type=FOLDER, help="Keep the steps here and reuse them in later runs.")
+@overwrite_option
+@json_option
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    source: Path,
+    out: Path | None,
+    work: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Compress the aligned model in SOURCE, or run the recipe SOURCE (.yaml), and verify the result.
+
+    Settings come from the recipe, then from flags. A run that was interrupted goes on where it
+    stopped when the same command is given again.
+    """
+    recipe = effective_recipe(source, flags)
+    require_extra("export", "`holdfast run`")
+    if recipe.quantize.backend == "inc":
+        require_extra("inc", "`--backend inc`")
+    from holdfast.pipeline import run
+
+    outcome = run(recipe, out or Path(f"{Path(recipe.model).name}-bundle"), work=work, overwrite=overwrite)
+    emit(outcome.to_dict(), outcome.lines(), as_json=as_json)
+    context.exit(ExitCode.for_verdict(outcome.verdict))
+
+
+def effective_recipe(source: Path, flags: dict[str, Any]) -> Recipe:
+    """The recipe that SOURCE and the flags describe.
+
+    Arguments:
+        source: a model folder or a YAML recipe.
+        flags: values by flag name; None and empty tuples mean not given.
+    """
+    overrides = {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
+    if "evaluate.suites" in overrides:
+        overrides["evaluate.suites"] = [suite_choice(text) for text in flags["suites"]]
+    if "calibrate.alphas" in overrides:
+        overrides["calibrate.alphas"] = list(flags["alphas"])
+    for key in ("base", "calibrate.data"):
+        if overrides.get(key) not in (None, "ablate", "builtin"):
+            overrides[key] = str(Path(overrides[key]).resolve())
+    if source.suffix in RECIPE_SUFFIXES:
+        return read_recipe(source, overrides)
+    return make_recipe({"model": str(source.resolve())}, overrides, what="command line")
+
+
+def suite_choice(text: str) -> dict[str, str]:
+    """`name` or `name=path` as a recipe entry.
+
+    Raises:
+        UsageError: nothing before or after the equals sign.
+    """
+    name, equals, path = text.partition("=")
+    if not name or (equals and not path):
+        raise UsageError(f"--suite expects NAME or NAME=PATH, got {text!r}.")
+    return {"name": name, "path": str(Path(path).resolve())} if path else {"name": name}

@@ -1,0 +1,121 @@
+"""One run's inputs: read, checked against each other, and refused before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.config import encode
+from holdfast.evals.suites import Suite, load_suites
+from holdfast.exporter.source import (
+    SourceModel,
+    check_same_vocabulary,
+    load_base,
+    load_source,
+    source_digests,
+)
+from holdfast.exporter.torch_model import TorchLanguageModel
+from holdfast.files import sha256_text, to_json
+from holdfast.progress import say
+from holdfast.quantize.ablate import AblatedTwin, make_twin
+from holdfast.quantize.prompts import CalibrationPrompt, load_calibration, refuse_leakage
+from holdfast.recipe import Recipe
+from holdfast.versions import installed_versions
+
+ABLATE = "ablate"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Recipe, suites, calibration prompts and models of a run; models are loaded when first needed.
+
+    Attributes:
+        digests: "model" and "base" -> file name -> SHA-256.
+    """
+
+    recipe: Recipe
+    suites: list[Suite]
+    prompts: list[CalibrationPrompt]
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @cached_property
+    def aligned(self) -> SourceModel:
+        return load_source(Path(self.recipe.model), role="aligned model")
+
+    @cached_property
+    def base(self) -> SourceModel | None:
+        """The base checkpoint, or None where a twin is to be ablated."""
+        if self.recipe.base == ABLATE:
+            return None
+        return load_base(Path(self.recipe.base), self.aligned)
+
+    @cached_property
+    def twin(self) -> AblatedTwin:
+        """The aligned model without its refusal direction; only ever in memory."""
+        say("      ablating the refusal direction")
+        return make_twin(self.aligned, self.prompts, seed=self.recipe.seed)
+
+    @property
+    def negative(self) -> Any:
+        """The transformers model to push away from."""
+        return self.base.model if self.base else self.twin.model
+
+    @property
+    def base_kind(self) -> Literal["checkpoint", "ablated"]:
+        return "checkpoint" if self.base else "ablated"
+
+    @property
+    def name(self) -> str:
+        """Name of the aligned model's folder."""
+        return Path(self.recipe.model).resolve().name
+
+    @property
+    def base_name(self) -> str:
+        if self.base is None:
+            return f"{self.name} without its refusal direction"
+        return Path(self.recipe.base).resolve().name
+
+    @property
+    def twin_name(self) -> str:
+        """What reports call the unaligned model."""
+        return "base (torch fp32)" if self.base else "ablated twin (torch fp32)"
+
+    def twin_record(self) -> dict[str, Any]:
+        """What the manifest says about the unaligned model."""
+        return {"base": self.base_kind} if self.base else {"base": "ablated", **self.twin.record()}
+
+    @cached_property
+    def model_keys(self) -> list[str]:
+        """What stands for both models and the packages in the keys of steps that read the models."""
+        return [sha256_text(to_json(self.digests)), sha256_text(to_json(installed_versions()))]
+
+    @cached_property
+    def prompts_key(self) -> str:
+        return sha256_text(to_json([encode(prompt) for prompt in self.prompts]))
+
+    def load(self, folder: Path) -> SourceModel:
+        """A compressed form of the aligned model, with the same vocabulary."""
+        source = load_source(folder)
+        check_same_vocabulary(self.aligned.tokenizer, source.tokenizer)
+        return source
+
+    def torch_model(self, model: Any, name: str) -> TorchLanguageModel:
+        """A torch model as a LanguageModel with the aligned model's tokenizer."""
+        return TorchLanguageModel(model, self.aligned.tokenizer, name, self.recipe.evaluate.batch_size)
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Everything that can be refused before the first step: models, vocabulary, suites, leakage.
+
+    Raises:
+        InputError: a model, the base, a suite or the calibration data cannot be used.
+    """
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.limit)
+    prompts = load_calibration(recipe.calibrate.data, recipe.calibrate.samples, recipe.seed)
+    refuse_leakage(prompts, [item.prompt for suite in suites for item in suite.items])
+    job = Job(recipe, suites, prompts)
+    job.digests["model"] = source_digests(job.aligned.folder)
+    job.digests["base"] = source_digests(job.base.folder) if job.base else job.digests["model"]
+    return job

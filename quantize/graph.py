@@ -1,0 +1,183 @@
+"""The quantized graph, read back: what each linear layer multiplies and with which parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from holdfast.errors import QuantizationError
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StaticLinear:
+    """A MatMul between QuantizeLinear/DequantizeLinear pairs.
+
+    Attributes:
+        input: float tensor that is quantized (before a Clip, where there is one).
+        scale: float32 scalar, scale of the input.
+        zero_point: code of 0.
+        clip: float32 ends of a Clip before QuantizeLinear, or None.
+        weight_scale: float32 [out].
+        weight_codes: int8 [in, out].
+    """
+
+    input: str
+    scale: np.float32
+    zero_point: int
+    clip: tuple[np.float32, np.float32] | None
+    weight_scale: Array
+    weight_codes: Array
+
+
+@dataclass(frozen=True)
+class BlockLinear:
+    """A MatMulNBits node.
+
+    Attributes:
+        bits, block_size, accuracy_level: its attributes; the level is 0 where the node has none.
+        scales: float32 [out * blocks].
+        packed: uint8 [out, blocks, block_size / 2], two codes a byte.
+        symmetric: no zero points are stored (they are 8).
+    """
+
+    bits: int
+    block_size: int
+    accuracy_level: int
+    scales: Array
+    packed: Array
+    symmetric: bool
+
+
+class Graph:
+    """Lookups over an ONNX graph that is not changed meanwhile."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.producers = {name: node for node in model.graph.node for name in node.output}
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.constants = {
+            node.output[0]: node.attribute[0].t
+            for node in model.graph.node
+            if node.op_type == "Constant" and node.attribute[0].name == "value"
+        }
+
+    def value(self, name: str) -> Array:
+        """An initializer or constant as an array."""
+        tensor = self.initializers.get(name, self.constants.get(name))
+        if tensor is None:
+            raise QuantizationError(f"The quantized graph has no constant `{name}`: quantize again.")
+        array: Array = numpy_helper.to_array(tensor)
+        return array
+
+    def producer(self, name: str, op_type: str, path: str) -> onnx.NodeProto:
+        """The node that gives `name`, which has to be of one operator type."""
+        node = self.producers.get(name)
+        if node is None or node.op_type != op_type:
+            found = "a constant or graph input" if node is None else node.op_type
+            raise QuantizationError(
+                f"`{path}` should read from {op_type} in the quantized graph, found {found}: "
+                "the backend left it in full precision."
+            )
+        return node
+
+
+def read_static(graph: Graph, path: str, output: str) -> StaticLinear:
+    """The QDQ linear whose MatMul gives the tensor `output`.
+
+    Raises:
+        QuantizationError: it is not quantized the way that static W8A8 is.
+    """
+    matmul = graph.producer(output, "MatMul", path)
+    dequantize = graph.producer(matmul.input[0], "DequantizeLinear", path)
+    quantize = graph.producer(dequantize.input[0], "QuantizeLinear", path)
+    if list(quantize.input[1:]) != list(dequantize.input[1:]):
+        raise QuantizationError(f"`{path}` is quantized and dequantized with different parameters.")
+    weight = graph.producer(matmul.input[1], "DequantizeLinear", path)
+    before = graph.producers.get(quantize.input[0])
+    clipped = before is not None and before.op_type == "Clip"
+    return StaticLinear(
+        input=before.input[0] if before is not None and clipped else quantize.input[0],
+        scale=np.float32(graph.value(quantize.input[1])),
+        zero_point=int(graph.value(quantize.input[2])),
+        clip=_clip_ends(graph, before) if before is not None and clipped else None,
+        weight_scale=graph.value(weight.input[1]),
+        weight_codes=graph.value(weight.input[0]),
+    )
+
+
+def _clip_ends(graph: Graph, clip: onnx.NodeProto) -> tuple[np.float32, np.float32]:
+    return np.float32(graph.value(clip.input[1])), np.float32(graph.value(clip.input[2]))
+
+
+def read_blocks(graph: Graph, path: str, output: str) -> BlockLinear:
+    """The MatMulNBits linear that gives the tensor `output`.
+
+    Raises:
+        QuantizationError: it is not a MatMulNBits node.
+    """
+    node = graph.producer(output, "MatMulNBits", path)
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return BlockLinear(
+        bits=attributes["bits"],
+        block_size=attributes["block_size"],
+        accuracy_level=attributes.get("accuracy_level", 0),
+        scales=graph.value(node.input[2]),
+        packed=graph.value(node.input[1]),
+        symmetric=len(node.input) < 4 or not node.input[3],
+    )
+
+
+def histogram(model: onnx.ModelProto) -> dict[str, int]:
+    """Operator type -> number of nodes, sorted by name."""
+    return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def keep_float_inputs(model: onnx.ModelProto, quantized_nodes: Sequence[str]) -> None:
+    """Nodes that were not asked for read the float tensor again, not its dequantized copy.
+
+    ONNX Runtime's quantizer reroutes every reader of a quantized tensor, among them linears that
+    are excluded, attention and residual connections.
+    """
+    asked = set(quantized_nodes)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.name in asked or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        for index, name in enumerate(node.input):
+            dequantize = producers.get(name)
+            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+                quantize = producers.get(dequantize.input[0])
+                if quantize is not None and quantize.op_type == "QuantizeLinear":
+                    node.input[index] = quantize.input[0]
+
+
+def add_clips(model: onnx.ModelProto, bits: int) -> None:
+    """Clip before every QuantizeLinear, so that only the codes 0..2^bits - 1 are reached.
+
+    The ends are `(0 - zero_point) * scale` and `(2^bits - 1 - zero_point) * scale`.
+    """
+    graph, nodes = Graph(model), []
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            scale, zero_point = graph.value(node.input[1]), graph.value(node.input[2])
+            ends = [np.float32(code - int(zero_point)) * scale for code in (0, 2**bits - 1)]
+            names = [f"{node.name}_clip_{end}" for end in ("low", "high")]
+            for name, end in zip(names, ends, strict=True):
+                model.graph.initializer.append(numpy_helper.from_array(np.float32(end), name))
+            clipped = f"{node.input[0]}_clipped"
+            nodes.append(
+                onnx.helper.make_node(
+                    "Clip", [node.input[0], *names], [clipped], f"{node.name}_Clip"
+                )
+            )
+            node.input[0] = clipped
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)

@@ -1,0 +1,113 @@
+"""Which linears are quantized, which of them share an input, and where an input scale can be folded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import QuantizationError
+from holdfast.exporter.architectures import block_paths, linear_modules, row_of
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears that read the same activation tensor, hence share its range and channel scales.
+
+    Attributes:
+        consumers: module paths of the linears.
+        producer: module path of the norm or linear whose output channels can carry the inverse of
+            the channel scales exactly; None where there is none.
+        channel_map: int64 [in_features], the producer's output channel that each input channel
+            comes from (value heads repeat under grouped-query attention).
+    """
+
+    consumers: tuple[str, ...]
+    producer: str | None
+    channel_map: Tensor
+
+    @property
+    def name(self) -> str:
+        """The first consumer's path names the group."""
+        return self.consumers[0]
+
+
+def quantized_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Module paths that are quantized: all but those that a shell pattern excludes.
+
+    Raises:
+        QuantizationError: a pattern matches nothing, or everything is excluded.
+    """
+    for pattern in exclude:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise QuantizationError(
+                f"`exclude` names `{pattern}`, which matches no linear module; they are named "
+                f"like `{paths[0]}`."
+            )
+    kept = [path for path in paths if not any(fnmatchcase(path, p) for p in exclude)]
+    if not kept:
+        raise QuantizationError(
+            "`exclude` matches every linear module: nothing is left to quantize."
+        )
+    return kept
+
+
+def input_groups(model: nn.Module) -> list[InputGroup]:
+    """Every linear of the model, grouped by the activation it reads, in order of computation."""
+    linears = linear_modules(model)
+    groups = []
+    for block in block_paths(model):
+        groups += _block_groups(model, block, linears)
+    head = row_of(model).head
+    groups.append(InputGroup((head,), None, torch.arange(linears[head].in_features)))
+    return groups
+
+
+def _block_groups(
+    model: nn.Module, block: str, linears: dict[str, nn.Linear]
+) -> list[InputGroup]:
+    row = row_of(model)
+    groups, grouped = [], set()
+    for norm, consumers in row.norm_groups:
+        paths = tuple(f"{block}.{name}" for name in consumers)
+        width = linears[paths[0]].in_features
+        groups.append(InputGroup(paths, f"{block}.{norm}", torch.arange(width)))
+        grouped.update(consumers)
+    producers = {consumer: producer for producer, consumer in row.up_down}
+    for name in row.linears:
+        if name not in grouped:
+            producer = producers.get(name)
+            path = None if producer is None else f"{block}.{producer}"
+            groups.append(_pair_group(model, f"{block}.{name}", path, linears))
+    return groups
+
+
+def _pair_group(
+    model: nn.Module, consumer: str, producer: str | None, linears: dict[str, nn.Linear]
+) -> InputGroup:
+    width = linears[consumer].in_features
+    if producer is None:
+        return InputGroup((consumer,), None, torch.arange(width))
+    channel_map = shared_channels(linears[producer].out_features, width, _head_size(model))
+    return InputGroup((consumer,), producer, channel_map)
+
+
+def shared_channels(produced: int, consumed: int, head_size: int) -> Tensor:
+    """Producer channel of every consumer channel, int64 [consumed].
+
+    Equal widths map one to one. Otherwise the producer's heads of `head_size` channels are repeated,
+    each for the same number of consecutive consumer heads, as transformers' `repeat_kv` does.
+    """
+    if produced == consumed:
+        return torch.arange(consumed)
+    heads = torch.arange(produced).unflatten(0, (-1, head_size))
+    return heads.repeat_interleave(consumed // produced, dim=0).flatten()
+
+
+def _head_size(model: nn.Module) -> int:
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(size)

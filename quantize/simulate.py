@@ -1,0 +1,154 @@
+"""The torch simulation of the artifact, and how closely the artifact follows it on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from holdfast.exporter.architectures import linear_modules
+from holdfast.exporter.batching import pad_left, positions
+from holdfast.exporter.export import GRAPH
+from holdfast.exporter.parity import (
+    Agreement,
+    compare_logits,
+    empty_cache,
+    open_session,
+    require_agreement,
+)
+from holdfast.exporter.source import SourceModel
+from holdfast.quantize.fakequant import (
+    fake_quantize,
+    fake_quantize_blocks,
+    fake_quantize_channels,
+    fake_quantize_rows_int8,
+)
+from holdfast.quantize.plan import quantized_paths
+from holdfast.quantize.record import ActivationRange
+from holdfast.recipe import QuantizeConfig
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+INT8_COMPUTE = 4  # accuracy_level at which MatMulNBits quantizes its input to int8
+
+
+class SimulatedLinear(nn.Module):
+    """A linear as the artifact computes it: quantized weight, quantized input, float32 product."""
+
+    def __init__(
+        self, linear: nn.Linear, learned: ActivationRange | None, config: QuantizeConfig
+    ) -> None:
+        super().__init__()
+        self.bias, self.learned, self.config = linear.bias, learned, config
+        self.weight = _quantized_weight(linear.weight.detach(), config)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(self._quantized_input(values), self.weight, self.bias)
+
+    def _quantized_input(self, values: Tensor) -> Tensor:
+        if self.learned is not None:
+            scale = torch.tensor(self.learned.scale, dtype=torch.float32)
+            zero_point = torch.tensor(float(self.learned.zero_point))
+            return fake_quantize(
+                values, scale, zero_point, 0, 2**self.config.activation_bits - 1
+            )
+        if self.config.scheme == "w4" and self.config.accuracy_level == INT8_COMPUTE:
+            return fake_quantize_rows_int8(values, self.config.block_size)
+        return values
+
+
+@contextmanager
+def simulate(
+    model: Any, ranges: dict[str, ActivationRange], config: QuantizeConfig
+) -> Iterator[None]:
+    """The torch model computes as the artifact does, inside this block.
+
+    Arguments:
+        model: transformers model of the calibrated source (scales folded, clips baked).
+        ranges: module path -> input range; empty for weight-only quantization.
+    """
+    linears = linear_modules(model)
+    paths = [] if config.scheme == "none" else quantized_paths(list(linears), config.exclude)
+    for path in paths:
+        model.set_submodule(path, SimulatedLinear(linears[path], ranges.get(path), config))
+    try:
+        yield
+    finally:
+        for path in paths:
+            model.set_submodule(path, linears[path])
+
+
+def check_simulation(
+    source: SourceModel,
+    ranges: dict[str, ActivationRange],
+    artifact: Path,
+    config: QuantizeConfig,
+    prompts: Sequence[Sequence[int]],
+) -> Agreement:
+    """Simulation against artifact, at every position of the prompts.
+
+    Arguments:
+        source: the calibrated model.
+        artifact: the quantized folder.
+        prompts: token ids.
+
+    Raises:
+        ParityError: they differ by more than `config.atol`, or choose the same next token at less
+            than `config.agreement_frac` of the positions.
+    """
+    with simulate(source.model, ranges, config):
+        expected = torch_logits(source, prompts)
+    found = graph_logits(artifact / GRAPH, prompts, pad_id=source.tokenizer.pad_id)
+    agreement = compare_logits(expected, found)
+    require_agreement(
+        agreement,
+        what="The simulation and the artifact",
+        atol=config.atol,
+        same_top_frac=config.agreement_frac,
+    )
+    return agreement
+
+
+@torch.inference_mode()
+def torch_logits(
+    source: SourceModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
+) -> NDArray[np.float32]:
+    """Logits at every token of the prompts, one after another, float32 [tokens, V]."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = pad_left(prompts[start : start + batch_size], source.tokenizer.pad_id)
+        output = source.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        )
+        found.append(output.logits[mask.bool()].numpy())
+    return np.concatenate(found)
+
+
+def graph_logits(
+    graph: Path, prompts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16
+) -> NDArray[np.float32]:
+    """The same of an ONNX graph, float32 [tokens, V].
+
+    Raises:
+        ExecutionError: ONNX Runtime refuses the graph.
+    """
+    session = open_session(graph)
+    wanted = {item.name for item in session.get_inputs()}
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = pad_left(prompts[start : start + batch_size], pad_id)
+        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        if "position_ids" in wanted:
+            feeds["position_ids"] = positions(mask).numpy()
+        feeds |= empty_cache(session, rows=len(ids))
+        found.append(session.run(["logits"], feeds)[0][mask.bool().numpy()])
+    return np.concatenate(found)
+
+
+def _quantized_weight(weight: Tensor, config: QuantizeConfig) -> Tensor:
+    if config.scheme == "w4":
+        return fake_quantize_blocks(weight, config.block_size)
+    return fake_quantize_channels(weight)

@@ -1,0 +1,311 @@
+"""Export: the graph computes what torch does, holds its weights exactly, and never varies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from holdfast.chat import ChatTokenizer
+from holdfast.errors import ExecutionError, ExportError, ParityError
+from holdfast.exporter.architectures import linear_modules
+from holdfast.exporter.export import export_model, export_source, read_export
+from holdfast.exporter.graph import map_linears, node_name
+from holdfast.exporter.parity import graph_agreement
+from holdfast.exporter.source import SourceModel, load_source, save_source
+from holdfast.recipe import ExportConfig
+from tests.tiny import tiny_llama, tiny_model
+
+CONFIG = ExportConfig(atol=2e-5)
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama untied": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+    "llama without grouped queries": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "llama, one kv head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralForCausalLM", {}),
+    "mistral, sliding window": ("MistralForCausalLM", {"sliding_window": 6}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
+    "smollm3 with and without rotary": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
+    "granite": ("GraniteForCausalLM", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    "phi3": ("Phi3ForCausalLM", {}),
+}
+
+
+def export(source: Path, out: Path, config: ExportConfig = CONFIG) -> Any:
+    out.mkdir()
+    return export_model(source, out, config)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def exported(llama: Path) -> Path:
+    export(llama, llama.parent / "exported")
+    return llama.parent / "exported"
+
+
+def initializers(folder: Path) -> dict[str, np.ndarray]:
+    graph = onnx.load(folder / "model.onnx").graph
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefill_and_cached_steps_agree_with_torch(tmp_path: Path, variant: str) -> None:
+    architecture, settings = VARIANTS[variant]
+    source = tiny_model(tmp_path / "model", architecture, **settings)
+    report = export(source, tmp_path / "out")
+    assert report.parity.max_abs < 2e-5
+    assert report.parity.same_top_frac == 1.0
+    assert report.parity.positions >= 12 + 7 + 2 * 4
+    found = initializers(tmp_path / "out")
+    model = load_source(source).model
+    for path, linear in linear_modules(model).items():
+        place = report.modules[path]
+        assert np.array_equal(found[place.weight], linear.weight.numpy().T)
+        assert place.shape == (linear.in_features, linear.out_features)
+        assert (place.bias is None) == (linear.bias is None)
+        assert place.bias is None or np.array_equal(found[place.bias], linear.bias.numpy())
+
+
+@pytest.mark.parametrize("opset", [17, 18, 21])
+def test_opsets(llama: Path, tmp_path: Path, opset: int) -> None:
+    report = export(llama, tmp_path / "out", ExportConfig(opset=opset, atol=2e-5))
+    assert report.opset == opset
+    assert onnx.load(tmp_path / "out" / "model.onnx").opset_import[0].version == opset
+
+
+def test_what_is_written(llama: Path, exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "model.onnx",
+        "export.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (exported / name).read_bytes() == (llama / name).read_bytes()
+    assert ChatTokenizer.from_folder(exported).digest() == ChatTokenizer.from_folder(llama).digest()
+    assert str(llama) not in "".join((exported / name).read_text() for name in names - {"model.onnx"})
+
+
+def test_the_report_reads_back(exported: Path) -> None:
+    report = read_export(exported)
+    assert report.graph_bytes == (exported / "model.onnx").stat().st_size
+    assert report.embedding == "model.embed_tokens.weight"
+    assert report.modules["model.layers.0.mlp.up_proj"].node == "/model/layers.0/mlp/up_proj/MatMul"
+    assert report.modules["model.layers.0.mlp.up_proj"].weight == "model.layers.0.mlp.up_proj.weight_T"
+    assert json.loads((exported / "export.json").read_text())["tied"] is True
+
+
+def test_a_tied_head_has_an_initializer_of_its_own(llama: Path, exported: Path) -> None:
+    """So that the head can be quantized while the embedding stays a float table for its Gather."""
+    found = initializers(exported)
+    report = read_export(exported)
+    assert report.tied
+    assert np.array_equal(found[report.embedding], found[report.modules["lm_head"].weight].T)
+
+
+def test_exporting_twice_gives_the_same_bytes(llama: Path, exported: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    torch.rand(7)
+    export(llama, tmp_path / "again")
+    for path in exported.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_exporting_leaves_the_random_state_and_the_weights(llama: Path, tmp_path: Path) -> None:
+    source = load_source(llama)
+    before = {name: value.clone() for name, value in source.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    (tmp_path / "out").mkdir()
+    export_source(source, tmp_path / "out", CONFIG)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+
+
+def test_changed_weights_arrive_exactly(llama: Path, tmp_path: Path) -> None:
+    """What pruning and calibration do: values edited in torch, saved, exported."""
+    source = load_source(llama)
+    linear = source.model.model.layers[1].mlp.down_proj
+    linear.weight[::2, 1::3] = 0.0
+    linear.weight[0] *= 1.0 + 2.0**-23
+    save_source(source, tmp_path / "edited")
+    report = export(tmp_path / "edited", tmp_path / "out")
+    found = initializers(tmp_path / "out")[report.modules["model.layers.1.mlp.down_proj"].weight]
+    assert np.array_equal(found, linear.weight.numpy().T)
+
+
+def test_large_models_keep_their_weights_beside_the_graph(
+    llama: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")  # Optimum's switch for what 2 GB would force
+    report = export(llama, tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx_data").is_file()
+    assert report.graph_bytes == sum(
+        (tmp_path / "out" / name).stat().st_size for name in ("model.onnx", "model.onnx_data")
+    )
+    assert report.modules == read_export(exported).modules
+    assert report.parity.max_abs < 2e-5
+
+
+def test_nothing_is_said(llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    export(llama, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_stages_are_announced(llama: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    (tmp_path / "out").mkdir()
+    export_model(llama, tmp_path / "out", CONFIG, on_stage=stages.append)
+    assert stages == ["tracing", "checking the weights", "comparing with torch"]
+
+
+def test_a_used_folder_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ExportError) as caught:
+            export_model(llama, out, CONFIG)
+        assert str(caught.value) == f"Expected an existing, empty folder to export into, found {out}."
+
+
+def test_an_opset_that_torch_cannot_write(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Optimum could not export the LlamaForCausalLM at opset 99"):
+        export(llama, tmp_path / "out", ExportConfig(opset=99))
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_length_dependent_rotary_embeddings_are_refused(tmp_path: Path, key: str) -> None:
+    source = tiny_model(
+        tmp_path / "model", "LlamaForCausalLM", rope_scaling={key: "dynamic", "factor": 2.0}
+    )
+    with pytest.raises(ExportError) as caught:
+        export(source, tmp_path / "out")
+    assert str(caught.value) == (
+        f"The model in {source} scales its rotary embedding by `dynamic`, which depends on the input's "
+        "length and cannot be traced: use a checkpoint with a fixed scaling."
+    )
+
+
+def test_weights_that_are_not_numbers(llama: Path, tmp_path: Path) -> None:
+    source = load_source(llama)
+    source.model.model.layers[0].mlp.up_proj.weight[3, 4] = torch.nan
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        ParityError, match="The logits hold NaN or infinity: check the weights of the model"
+    ):
+        export_source(source, tmp_path / "out", CONFIG)
+
+
+def test_a_tolerance_below_rounding_fails(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ParityError, match="The graph and the torch model differ by up to .* 1e-12 is allowed"
+    ):
+        export(llama, tmp_path / "out", ExportConfig(atol=1e-12))
+
+
+@pytest.mark.parametrize("change", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_the_comparison_sees_a_wrong_graph(
+    llama: Path, exported: Path, tmp_path: Path, change: str
+) -> None:
+    """A weight that no linear check covers, off by one per mille in one channel."""
+    model = onnx.load(exported / "model.onnx")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == change)
+    values = numpy_helper.to_array(tensor).copy()
+    values[5] *= 1.001
+    tensor.CopyFrom(numpy_helper.from_array(values, change))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert graph_agreement(tmp_path / "model.onnx", load_source(llama), seed=0).max_abs > 2e-5
+
+
+def test_the_comparison_sees_a_lost_padding_mask(llama: Path, exported: Path, tmp_path: Path) -> None:
+    """A graph that attends to the padding is right for one row and wrong for a padded batch."""
+    model = onnx.load(exported / "model.onnx")
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "attention_mask":
+                node.input[index] = "ones"
+    shape = onnx.helper.make_node("Shape", ["attention_mask"], ["mask_shape"])
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.INT64, [1], [1])
+    ones = onnx.helper.make_node("ConstantOfShape", ["mask_shape"], ["ones"], value=one)
+    model.graph.node.insert(0, ones)
+    model.graph.node.insert(0, shape)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert graph_agreement(tmp_path / "model.onnx", load_source(llama), seed=0).max_abs > 0.1
+
+
+def test_a_graph_that_onnx_runtime_refuses(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ExecutionError, match="ONNX Runtime cannot load"):
+        graph_agreement(tmp_path / "model.onnx", load_source(llama), seed=0)
+
+
+def test_a_foreign_report_is_refused(tmp_path: Path) -> None:
+    for content in ("{}", "[", '{"modules": {}, "parity": {}}'):
+        (tmp_path / "export.json").write_text(content)
+        with pytest.raises(ExportError, match=r"Expected the export\.json that `holdfast export` writes"):
+            read_export(tmp_path)
+
+
+class TestMapping:
+    """What the map of linear layers refuses."""
+
+    @pytest.fixture
+    def graph(self, exported: Path) -> onnx.GraphProto:
+        return onnx.load(exported / "model.onnx").graph
+
+    @pytest.fixture
+    def source(self, llama: Path) -> SourceModel:
+        return load_source(llama)
+
+    def test_a_linear_that_is_not_there(self, graph: onnx.GraphProto, source: SourceModel) -> None:
+        node = next(node for node in graph.node if node.name == "/model/layers.1/mlp/up_proj/MatMul")
+        node.name = "/fused"
+        with pytest.raises(ExportError) as caught:
+            map_linears(graph, linear_modules(source.model), source.folder)
+        assert str(caught.value) == (
+            "The graph has no weight for the linear layer `model.layers.1.mlp.up_proj`: this version of "
+            "Optimum writes it differently, so use the versions that Holdfast names."
+        )
+
+    def test_a_weight_that_differs_in_one_bit(self, graph: onnx.GraphProto, source: SourceModel) -> None:
+        weight = source.model.model.layers[0].self_attn.k_proj.weight
+        weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0))
+        with pytest.raises(
+            ExportError, match="The graph's weight for `model.layers.0.self_attn.k_proj` is"
+        ):
+            map_linears(graph, linear_modules(source.model), source.folder)
+
+    def test_a_product_that_no_module_accounts_for(
+        self, graph: onnx.GraphProto, source: SourceModel
+    ) -> None:
+        modules = linear_modules(source.model)
+        del modules["model.layers.1.mlp.gate_proj"]
+        with pytest.raises(ExportError) as caught:
+            map_linears(graph, modules, source.folder)
+        assert str(caught.value) == (
+            "The graph multiplies by a weight at `/model/layers.1/mlp/gate_proj/MatMul` that belongs to "
+            "no linear layer of the architecture table."
+        )
+
+    def test_names(self) -> None:
+        assert node_name("model.layers.10.self_attn.q_proj") == "/model/layers.10/self_attn/q_proj"
+        assert node_name("lm_head") == "/lm_head"
+
+
+def test_a_folder_without_generation_config_keeps_its_stop_ids(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "model")
+    (source / "generation_config.json").unlink()
+    export(source, tmp_path / "out")
+    assert ChatTokenizer.from_folder(tmp_path / "out").eos_ids == (3,)
