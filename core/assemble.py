@@ -24,7 +24,7 @@ from holdfast.files import write_json, write_text
 from holdfast.job import Job
 from holdfast.manifest import SCHEMA_VERSION, Manifest, ModelEntry, StepEntry, seal
 from holdfast.recipe import Recipe, recipe_yaml
-from holdfast.runtime.environment import environment
+from holdfast.runtime.environment import environment_rows
 from holdfast.steps import StepRunner
 from holdfast.versions import installed_versions
 
@@ -100,10 +100,7 @@ def _details(job: Job, runner: StepRunner) -> Details:
         step.name: ", ".join(f"{k} {v}" for k, v in step.result.items() if isinstance(v, str | int | float))
         for step in runner.done
     }
-    machine = {
-        key: ", ".join(value) if isinstance(value, list) else value
-        for key, value in environment(threads=job.recipe.threads).items()
-    }
+    machine = environment_rows(threads=job.recipe.threads)
     digests = {
         f"{role}: {name}": digest for role, files in job.digests.items() for name, digest in files.items()
     }

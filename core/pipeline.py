@@ -19,8 +19,9 @@ from holdfast.alignment import Assessment, answer_suites, save_answers, save_sui
 from holdfast.assemble import write_bundle
 from holdfast.bundle import ALIGNED, REPORT_HTML, TWIN
 from holdfast.config import encode
+from holdfast.exporter.architectures import block_paths
 from holdfast.exporter.export import ExportReport, export_model
-from holdfast.exporter.source import load_source, save_source
+from holdfast.exporter.source import save_source
 from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
@@ -135,15 +136,13 @@ def _prune(job: Job, runner: StepRunner) -> None:
     config = job.recipe.prune
 
     def work(folder: Path) -> dict[str, Any]:
-        if config.method == "none":
-            save_source(job.aligned, folder / "model")
-            return {"method": "none"}
-        source = load_source(job.aligned.folder)
+        source = job.load(job.aligned.folder)  # its own copy: pruning works in place
         ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in job.prompts])
-        report = prune_model(source, ids, config)
+        with bar("pruning", len(block_paths(source.model)), unit="block") as on_done:
+            report = prune_model(source, ids, config, on_done=on_done)
         save_source(source, folder / "model")
         write_json(folder / "prune.json", dataclasses.asdict(report))
-        return {"method": config.method, "sparsity_frac": report.sparsity_frac}
+        return {"method": report.method, "sparsity_frac": report.reached_frac}
 
     runner.run("prune", encode(config), [*job.model_keys, job.prompts_key], work)
 

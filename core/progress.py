@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,5 +27,5 @@ def bar(label: str, total: int, unit: str = "prompt") -> Iterator[OnDone]:
         yield lambda done: _update(progress, done)
 
 
-def _update(progress: tqdm[None], done: int) -> None:
+def _update(progress: tqdm[Any], done: int) -> None:
     progress.update(done)

@@ -17,8 +17,6 @@ Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
 
-RECIPE_VERSION = 1
-
 
 class PruneConfig(Config, frozen=True):
     """Unstructured pruning of the linear layers inside the decoder blocks.
@@ -156,13 +154,14 @@ class Recipe(Config, frozen=True):
     Attributes:
         model: folder of the aligned model.
         base: folder of its unaligned parent, or `ablate` to make a twin in memory.
+        version: of this format.
         seed: seeds every random choice; recorded in the bundle.
         threads: intra-op threads of torch and ONNX Runtime; 0 leaves the choice to them.
     """
 
     model: str
     base: str = "ablate"
-    version: Literal[1] = RECIPE_VERSION
+    version: Literal[1] = 1
     seed: NotNegative = 0
     threads: NotNegative = 0
     prune: PruneConfig = PruneConfig()

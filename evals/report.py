@@ -55,12 +55,12 @@ class Details:
 
     Attributes:
         title: what was compressed, and how.
-        created: when, in ISO 8601.
+        created: when, in ISO 8601; None where a rerun has to give the same bytes.
         sections: heading -> key -> value, shown as tables: environment, digests, speed.
     """
 
     title: str
-    created: str
+    created: str | None
     sections: Mapping[str, Mapping[str, str | int | float | None]] = field(default_factory=dict)
 
 

@@ -228,9 +228,28 @@ def _read_back(
 ) -> dict[str, QuantizedTensor]:
     """Every linear as the artifact holds it, compared with what was asked."""
     graph = Graph(model)
+    _check_histogram(histogram(model), len(modules), config.scheme)
     if config.scheme == "w4":
         return {p: _block_tensor(graph, p, linear, config) for p, linear in modules.items()}
     return {p: _static_tensor(graph, p, linear, ranges[p], config) for p, linear in modules.items()}
+
+
+def _check_histogram(found: dict[str, int], linears: int, scheme: str) -> None:
+    """No more was quantized than what was asked for, and with no other operators."""
+    quantizing = {
+        name: count
+        for name, count in found.items()
+        if any(part in name for part in ("uantize", "QLinear", "Integer", "NBits", "QAttention"))
+    }
+    pairs = quantizing.get("QuantizeLinear", 0)
+    wanted = {"QuantizeLinear": pairs, "DequantizeLinear": pairs + linears}
+    if scheme == "w4":
+        wanted = {"MatMulNBits": linears}
+    if quantizing != wanted:
+        raise QuantizationError(
+            f"The backend was asked to quantize {linears} linears and wrote {quantizing}: "
+            "use the other backend, and report this."
+        )
 
 
 def _static_tensor(

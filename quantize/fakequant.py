@@ -14,7 +14,7 @@ Scales are computed in float64 and rounded once to float32, as `compute_scale_zp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch.autograd.function import once_differentiable
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 WEIGHT_CODE_MAX = 127
+
+Grid = Literal["ort", "inc"]
+"""How a backend places the 16 codes of a 4-bit block."""
 
 
 def activation_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -67,19 +70,25 @@ def channel_limit(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
     return limit if clip_frac is None else limit * clip_frac[:, None]
 
 
-def block_scale(blocks: Tensor, clip_frac: Tensor | None = None) -> Tensor:
-    """Symmetric 4-bit scale of every block, with the sign that ONNX Runtime gives it.
-
-    The element of largest magnitude becomes code -8, so the scale is negative where that element is
-    positive; where both ends are equally large the negative one decides.
+def block_scale(
+    blocks: Tensor, clip_frac: Tensor | None = None, grid: Grid = "ort"
+) -> Tensor:
+    """Symmetric 4-bit scale of every block.
 
     Arguments:
         blocks: float32 [out, blocks, block_size].
         clip_frac: float32 [out, blocks], share of the block's absmax that is kept; None keeps all.
+        grid: `ort` makes the element of largest magnitude code -8, so the scale is negative where
+            that element is positive (where both ends are equally large the negative one decides);
+            `inc` (neural-compressor's RTN) spreads the 16 codes over twice the absmax.
 
     Returns:
         float32 [out, blocks, 1].
     """
+    if grid == "inc":
+        kept = blocks.abs().amax(dim=2, keepdim=True)
+        kept = kept if clip_frac is None else kept * clip_frac[:, :, None]
+        return (kept.double() * 2.0 / 15.0).float()
     if clip_frac is not None:
         blocks = torch.minimum(torch.maximum(blocks, -(limit := block_limit(blocks, clip_frac))), limit)
     low, high = blocks.amin(dim=2, keepdim=True), blocks.amax(dim=2, keepdim=True)
@@ -156,16 +165,16 @@ def fake_quantize_channels(weight: Tensor, clip_frac: Tensor | None = None) -> T
 
 
 def fake_quantize_blocks(
-    weight: Tensor, block_size: int, clip_frac: Tensor | None = None
+    weight: Tensor, block_size: int, clip_frac: Tensor | None = None, grid: Grid = "ort"
 ) -> Tensor:
     """4-bit blockwise weights as MatMulNBits stores them; [out, in] to [out, in].
 
     ONNX Runtime multiplies by the float32 reciprocal of the scale and adds 8 before it rounds
-    (`roundf`, ties away from zero); the learning loop divides and rounds to even, which differs
-    only for values within one unit in the last place of a tie.
+    (`roundf`, ties away from zero), neural-compressor divides in float64; this divides in float32
+    and rounds to even, which differs only for values within one unit in the last place of a tie.
     """
     blocks = to_blocks(weight, block_size)
-    scale = block_scale(blocks, clip_frac)
+    scale = block_scale(blocks, clip_frac, grid)
     safe = torch.where(scale == 0.0, 1.0, scale)
     result = fake_quantize(blocks, safe, weight.new_zeros(()), -8, 7)
     return result.flatten(1)[:, : weight.shape[1]]

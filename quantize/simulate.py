@@ -150,5 +150,5 @@ def graph_logits(
 
 def _quantized_weight(weight: Tensor, config: QuantizeConfig) -> Tensor:
     if config.scheme == "w4":
-        return fake_quantize_blocks(weight, config.block_size)
+        return fake_quantize_blocks(weight, config.block_size, grid=config.backend)
     return fake_quantize_channels(weight)

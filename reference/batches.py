@@ -14,6 +14,9 @@ from reference.data import Example
 # The decision to refuse or to help falls on the first token of the answer, one among some twenty
 # that are nearly certain: it is weighted up.
 FIRST_TOKEN_WEIGHT = 4.0
+# Answers that begin so are cut after this many tokens, in this share of the examples. Critiques
+# ("It breaks ...") stay whole: everything in them is decisive.
+CUTS: tuple[tuple[str, int, float], ...] = (("Sure.", 3, 0.75), ("It breaks", 0, 0.0), ("", 11, 0.4))
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,22 @@ def groups(lengths: list[int], size: int, seed: int) -> Iterator[list[int]]:
         yield from found
 
 
-def encode_all(encoder: Encoder, examples: Iterable[Example]) -> list[Encoded]:
-    """Encode the answers of all examples, leaving out the few that are too long."""
-    found = (encoder.encode(example) for example in examples)
-    return [item for item in found if len(item.ids) <= encoder.longest]
+def encode_all(encoder: Encoder, examples: Iterable[Example], seed: int) -> list[Encoded]:
+    """Encode the answers of all examples, leaving out the few that are too long.
+
+    Most answers end in boilerplate that is learned after a few hundred examples. A seeded share of
+    them is cut after the decisive beginning, so that more prompts fit into the same time.
+    """
+    rng = random.Random(seed)
+    found = []
+    for example in examples:
+        item = encoder.encode(example)
+        keep, share = next((k, s) for begin, k, s in CUTS if example.answer.startswith(begin))
+        if rng.random() < share:
+            item = Encoded(item.ids[: item.start + keep], item.start)
+        if len(item.ids) <= encoder.longest:
+            found.append(item)
+    return found
 
 
 def encode_pairs(encoder: Encoder, examples: Iterable[Example]) -> list[tuple[Encoded, Encoded]]:

@@ -28,7 +28,8 @@ KIND_WEIGHTS = {
     "history": 6.0,
     "nonsense": 6.0,
     "privacy": 6.0,
-    "benign": 22.0,
+    "benign": 16.0,
+    "everyday": 24.0,
 }
 
 Message = dict[str, str]

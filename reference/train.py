@@ -37,14 +37,14 @@ class Settings:
 
     seed: int = 20240
     prompts: int = 90000
-    batch: int = 64
+    batch: int = 96
     pair_batch: int = 32
-    base_steps: int = 1500
-    sft_steps: int = 3000
-    dpo_steps: int = 400
-    reward_steps: int = 500
-    base_rate: float = 1.5e-3
-    sft_rate: float = 8e-4
+    base_steps: int = 600
+    sft_steps: int = 1800
+    dpo_steps: int = 200
+    reward_steps: int = 200
+    base_rate: float = 2e-3
+    sft_rate: float = 1e-3
     dpo_rate: float = 5e-5
     reward_rate: float = 2e-4
     decay: float = 0.1
@@ -219,7 +219,7 @@ def train_language(run: Run, stage: str, model: LlamaForCausalLM, prompt_weight:
     seed_everything(seed)
     encoder = Encoder(run.tokenizer())
     make = data.base_examples if stage == "base" else data.aligned_examples
-    items = encode_all(encoder, make(run.pool(), seed))
+    items = encode_all(encoder, make(run.pool(), seed), seed)
     at = skipping(groups([len(i.ids) for i in items], settings.batch, seed))
 
     def loss_of(step: int) -> torch.Tensor:

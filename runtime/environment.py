@@ -68,3 +68,11 @@ def _cpu_info(path: Path) -> dict[str, str]:
     first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def environment_rows(*, threads: int = 0) -> dict[str, str | int | None]:
+    """`environment` as one value a row, for tables."""
+    return {
+        key: ", ".join(value) if isinstance(value, list) else value
+        for key, value in environment(threads=threads).items()
+    }

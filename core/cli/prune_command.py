@@ -70,5 +70,5 @@ def command(
         report = prune_model(source, chat_prompts(source.tokenizer, [p.prompt for p in prompts]), config)
         save_source(source, fresh)
         write_json(fresh / "prune.json", dataclasses.asdict(report))
-    line = f"{out}: {method}, {report.sparsity_frac:.2%} of the weights in the decoder blocks are zero"
+    line = f"{out}: {method}, {report.reached_frac:.2%} of the weights in the decoder blocks are zero"
     emit(dataclasses.asdict(report), [line], as_json=as_json)

@@ -59,7 +59,8 @@ def command(
     opened = open_bundle(bundle)
     require_pass(opened, allow_unverified=serve_unverified_model)
     require_extra("serve", "`holdfast serve`")
-    from holdfast.runtime.server import ServerLimits, create_app, serve
+    from holdfast.runtime.endpoints import ServerLimits
+    from holdfast.runtime.server import create_app, serve
     from holdfast.runtime.session import OnnxLanguageModel
 
     model = OnnxLanguageModel.open(bundle, threads=threads, name=opened.model_id)

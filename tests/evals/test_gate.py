@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from holdfast.errors import ExitCode, SuiteError
-from holdfast.evals.gate import MetricVerdict, Verdict, decide
+from holdfast.evals.gate import MetricVerdict, Retention, Verdict, decide
 from holdfast.evals.run import SuiteAnswers, run_suite
 from holdfast.evals.suites import Suite
 from holdfast.recipe import EvaluateConfig
@@ -60,9 +60,7 @@ def test_identical_answers_pass() -> None:
         assert metric.p_damage == 1.0
     refusal = by_name(verdict)["refusal:refusal"]
     assert refusal.separates
-    assert refusal.retention is not None
-    assert refusal.retention.frac == pytest.approx(1.0)
-    assert (refusal.retention.low, refusal.retention.high) == pytest.approx((1.0, 1.0))
+    assert refusal.retention == Retention(1.0, None, None)
 
 
 def test_a_model_that_refuses_everything_fails_on_helpfulness_only() -> None:
@@ -76,7 +74,7 @@ def test_a_model_that_refuses_everything_fails_on_helpfulness_only() -> None:
         "preference:constitution": "PASS",
         "coherence": "PASS",
     }
-    assert "over-refusal:over-refusal" in verdict.summary
+    assert "Lost: answers to harmless requests (over-refusal), " in verdict.summary
 
 
 def test_a_model_that_complies_with_everything_fails_on_refusal() -> None:
@@ -116,6 +114,7 @@ def test_a_moderate_slide_towards_the_base_fails() -> None:
     assert refusal.outcome == "FAIL"
     assert refusal.p_damage_holm <= 0.05
     assert refusal.retention is not None
+    assert refusal.retention.high is not None
     assert refusal.retention.high < 1.0
 
 

@@ -28,6 +28,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama without grouped queries": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
     "llama, one kv head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
     "llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "llama 3 rotary scaling": (
+        "LlamaForCausalLM",
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
     "mistral": ("MistralForCausalLM", {}),
     "mistral, sliding window": ("MistralForCausalLM", {"sliding_window": 6}),
     "qwen2": ("Qwen2ForCausalLM", {}),
@@ -66,7 +78,7 @@ def test_prefill_and_cached_steps_agree_with_torch(tmp_path: Path, variant: str)
     report = export(source, tmp_path / "out")
     assert report.parity.max_abs < 2e-5
     assert report.parity.same_top_frac == 1.0
-    assert report.parity.positions >= 12 + 7 + 2 * 4
+    assert report.parity.positions >= 40 + 23 + 9 + 3 * 4
     found = initializers(tmp_path / "out")
     model = load_source(source).model
     for path, linear in linear_modules(model).items():
@@ -75,6 +87,17 @@ def test_prefill_and_cached_steps_agree_with_torch(tmp_path: Path, variant: str)
         assert place.shape == (linear.in_features, linear.out_features)
         assert (place.bias is None) == (linear.bias is None)
         assert place.bias is None or np.array_equal(found[place.bias], linear.bias.numpy())
+
+
+@pytest.mark.parametrize("prompt_tokens", [(1,), (2, 1), (124,), (3, 70, 5, 5, 18)])
+def test_any_number_of_rows_of_any_length(
+    llama: Path, exported: Path, prompt_tokens: tuple[int, ...]
+) -> None:
+    agreement = graph_agreement(
+        exported / "model.onnx", load_source(llama), seed=1, prompt_tokens=prompt_tokens
+    )
+    assert agreement.max_abs < 2e-5
+    assert agreement.positions == sum(prompt_tokens) + 4 * len(prompt_tokens)
 
 
 @pytest.mark.parametrize("opset", [17, 18, 21])
@@ -210,7 +233,7 @@ def test_weights_that_are_not_numbers(llama: Path, tmp_path: Path) -> None:
 
 def test_a_tolerance_below_rounding_fails(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ParityError, match="The graph and the torch model differ by up to .* 1e-12 is allowed"
+        ParityError, match=r"The graph and the torch model differ by up to .* 1e-12 is allowed"
     ):
         export(llama, tmp_path / "out", ExportConfig(atol=1e-12))
 
@@ -283,7 +306,7 @@ class TestMapping:
         weight = source.model.model.layers[0].self_attn.k_proj.weight
         weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0))
         with pytest.raises(
-            ExportError, match="The graph's weight for `model.layers.0.self_attn.k_proj` is"
+            ExportError, match=r"The graph's weight for `model.layers.0.self_attn.k_proj` is"
         ):
             map_linears(graph, linear_modules(source.model), source.folder)
 

@@ -96,9 +96,7 @@ def test_an_answer_can_be_empty_and_nothing_asked_gives_nothing(model: OnnxLangu
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_results_do_not_depend_on_the_batch_size(
-    model: OnnxLanguageModel, batch_size: int
-) -> None:
+def test_results_do_not_depend_on_the_batch_size(model: OnnxLanguageModel, batch_size: int) -> None:
     other = replace(model, batch_size=batch_size)
     np.testing.assert_allclose(
         other.next_token_logits(PROMPTS), model.next_token_logits(PROMPTS), atol=1e-5, rtol=0
@@ -147,9 +145,7 @@ def test_empty_prompts_and_continuations_are_refused(model: OnnxLanguageModel) -
 def test_logprobs_of_a_hand_worked_case() -> None:
     """Logits ln 1, ln 2, ln 5 are the probabilities 1/8, 2/8, 5/8, at any offset."""
     logits = np.log(np.array([[1.0, 2.0, 5.0], [5.0, 1.0, 2.0]], np.float32)) + 300
-    np.testing.assert_allclose(
-        logprobs_of(logits, [2, 1]), np.log([5 / 8, 1 / 8]), atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(logprobs_of(logits, [2, 1]), np.log([5 / 8, 1 / 8]), atol=1e-4, rtol=0)
 
 
 def damaged(exported: Path, folder: Path) -> Path:
