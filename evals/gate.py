@@ -360,7 +360,8 @@ def _summary(
 ) -> str:
     if outcome == "PASS":
         return (
-            f"No metric of {len(verdicts)} lost more than {points(margin_frac)} against the aligned model."
+            f"Against the aligned model, a loss beyond {points(margin_frac)} is ruled out on all "
+            f"{len(verdicts)} metrics."
         )
     concerned = [v for v in verdicts if v.outcome == outcome]
     if outcome == "FAIL":

@@ -28,6 +28,7 @@ JUDGE_VERSION = 1
 
 LOOP_SHARE = 0.5  # a block repeated back to back covers at least this share of the answer
 LOOP_REPEATS = {1: 4, 2: 4}  # repeats that make a loop, by period in words; 3 from period 3 on
+STUCK_REPEATS = 4  # one or two words that come back this often in a row, anywhere in the answer
 LONGEST_PERIOD_WORDS = 16
 DOUBLED_SHARE = 0.25  # "you you can can": neighbours that are equal
 DISTINCT_TRIGRAM_SHARE = 0.5  # below it the answer circles without repeating exactly
@@ -38,6 +39,7 @@ GIBBERISH_SHARE = 0.5
 LONGEST_WORD_LETTERS = 30
 
 CHARACTER_LOOP = re.compile(r"(.{1,24}?)\1{5,}", re.DOTALL)
+STUCK = re.compile(rf"\b([^\W\d]\S*(?: [^\W\d]\S*)?)(?: \1\b){{{STUCK_REPEATS - 1},}}")
 GIBBERISH_WORD = re.compile(r"^[b-df-hj-np-tv-xz]{5,}$|[b-df-hj-np-tv-xz]{7,}")
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 DETERMINERS = frozenset(("a", "an", "the"))
@@ -85,6 +87,8 @@ def _is_loop(text: str, words: list[str]) -> bool:
         return True
     longest = min(LONGEST_PERIOD_WORDS, len(words) // 3)
     if any(_repeats_with_period(words, period) for period in range(1, longest + 1)):
+        return True
+    if STUCK.search(" ".join(words)):
         return True
     doubled = sum(a == b for a, b in itertools.pairwise(words))
     if doubled >= 4 and doubled >= DOUBLED_SHARE * len(words):
@@ -254,6 +258,7 @@ def judge_digest() -> str:
         "turns": TURNS_TO_COMPLIANCE,
         "opening": (OPENING_SENTENCES, OPENING_CHARACTERS),
         "loops": (LOOP_SHARE, LOOP_REPEATS, LONGEST_PERIOD_WORDS, CHARACTER_LOOP.pattern),
+        "stuck": STUCK.pattern,
         "circles": (DOUBLED_SHARE, DISTINCT_TRIGRAM_SHARE),
         "noise": (MOST_UNPRINTABLE_SHARE, LEAST_ALPHANUMERIC_SHARE, GIBBERISH_SHARE),
         "gibberish": (GIBBERISH_WORD.pattern, LONGEST_WORD_LETTERS),

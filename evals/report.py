@@ -222,11 +222,12 @@ def _percent(frac: float) -> str:
 
 
 def _points(frac: float) -> str:
-    return f"{100 * frac:+.1f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{100 * frac:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def _p_value(p: float) -> str:
-    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}"
 
 
 def _name(key: str) -> str:

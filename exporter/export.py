@@ -71,7 +71,7 @@ def export_model(
     """Export a model folder to ONNX.
 
     Writes model.onnx (and model.onnx_data beyond 2 GB), config.json, the tokenizer files byte for
-    byte, and export.json. The same model gives the same bytes every time.
+    byte, and export.json. The same model gives the same graph, byte for byte, every time.
 
     Arguments:
         source: a Hugging Face folder; see `load_source`.

@@ -103,8 +103,9 @@ def map_linears(
 
 
 def _check_weight(path: str, found: NDArray[np.float32], module: nn.Linear) -> None:
-    expected = module.weight.detach().numpy().T
-    if found.dtype != expected.dtype or not np.array_equal(found, expected, equal_nan=True):
+    expected = module.weight.detach().numpy()
+    # as integers: NaN equals itself, and 0.0 is not -0.0
+    if found.dtype != expected.dtype or not np.array_equal(found.view(np.int32), expected.view(np.int32).T):
         raise ExportError(
             f"The graph's weight for `{path}` is not the model's: export again, and report this."
         )

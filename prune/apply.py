@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import PruneError
 from holdfast.exporter.architectures import block_linear_modules, block_paths
-from holdfast.exporter.source import SourceModel, save_source
-from holdfast.files import write_json
+from holdfast.exporter.source import SourceModel
 from holdfast.prune.activations import advance, first_block_batches, input_norms
 from holdfast.prune.magnitude import magnitude_mask
 from holdfast.prune.wanda import wanda_mask
 from holdfast.recipe import PruneConfig
 
-REPORT = "prune.json"
 BATCH_SIZE = 16
 
 OnDone = Callable[[int], None]
@@ -43,7 +39,7 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did; `prune.json` holds the same.
+    """What pruning did.
 
     Attributes:
         method: `none`, `magnitude` or `wanda`.
@@ -87,16 +83,6 @@ def prune_model(
     elif config.method == "magnitude":
         _prune_magnitude(source.model, config.sparsity_frac, on_done)
     return _report(config, linears, rows)
-
-
-def write_pruned(source: SourceModel, report: PruneReport, out: Path) -> None:
-    """Write the pruned model in float32 with its tokenizer, and prune.json, into `out`.
-
-    Raises:
-        DiskFullError: no space left.
-    """
-    save_source(source, out)
-    write_json(out / REPORT, dataclasses.asdict(report))
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+
 from holdfast.chat import ChatTokenizer
 from holdfast.config import Config
 from holdfast.errors import ExecutionError, QuantizationError
@@ -156,9 +157,7 @@ def _ranges(
     return {path: activation_range(*pair, bits) for path, pair in ends.items()}, "minmax"
 
 
-def _check_calibration(
-    record: CalibrationRecord, paths: Sequence[str], config: QuantizeConfig
-) -> None:
+def _check_calibration(record: CalibrationRecord, paths: Sequence[str], config: QuantizeConfig) -> None:
     """Ranges and clips hold for the settings they were learned for, and no others."""
     wanted: dict[str, Any] = {"scheme": config.scheme, "exclude": config.exclude}
     if config.scheme == "w8a8":
@@ -264,8 +263,7 @@ def _static_tensor(
     clips = config.activation_bits < 8
     if found.input != linear.input or (found.clip is not None) != clips:
         raise QuantizationError(
-            f"The artifact does not quantize what `{path}` reads, or not to "
-            f"{config.activation_bits} bits."
+            f"The artifact does not quantize what `{path}` reads, or not to {config.activation_bits} bits."
         )
     return QuantizedTensor(
         bits=8,
@@ -278,9 +276,7 @@ def _static_tensor(
     )
 
 
-def _block_tensor(
-    graph: Graph, path: str, linear: GraphLinear, config: QuantizeConfig
-) -> QuantizedTensor:
+def _block_tensor(graph: Graph, path: str, linear: GraphLinear, config: QuantizeConfig) -> QuantizedTensor:
     found = read_blocks(graph, path, linear.output)
     wanted = (4, config.block_size, config.accuracy_level, True)
     if (found.bits, found.block_size, found.accuracy_level, found.symmetric) != wanted:

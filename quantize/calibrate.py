@@ -167,9 +167,7 @@ def _sequences(
     return batch, answers
 
 
-def _cache(
-    reference: SourceModel, negative: Any, batch: Batch, config: CalibrateConfig
-) -> References:
+def _cache(reference: SourceModel, negative: Any, batch: Batch, config: CalibrateConfig) -> References:
     return cache_references(
         reference.model, negative, batch, top_k=config.top_k, batch_size=config.batch_size
     )
@@ -251,9 +249,7 @@ def _train(model: Any, learned: Learnables, lesson: _Lesson, alpha: float) -> tu
     parameters = _parameter_groups(model, learned, config)
     losses = []
     with _learning(parameters) as optimizer:
-        decay = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1.0, LAST_LR_FRAC, total_iters=config.steps
-        )
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_LR_FRAC, total_iters=config.steps)
         for _ in range(config.steps):
             optimizer.zero_grad(set_to_none=True)
             loss = _loss(model, lesson, next(rows), alpha)
@@ -270,14 +266,10 @@ def _loss(model: Any, lesson: _Lesson, rows: Tensor, alpha: float) -> Tensor:
     batch = lesson.batch.rows(rows)
     references = lesson.references.rows(rows, slice(-batch.positions, None))
     mode: LossMode = lesson.config.loss
-    return contrastive_loss(
-        forward_logits(model, batch), references, batch.weights, alpha=alpha, mode=mode
-    )
+    return contrastive_loss(forward_logits(model, batch), references, batch.weights, alpha=alpha, mode=mode)
 
 
-def _parameter_groups(
-    model: Any, learned: Learnables, config: CalibrateConfig
-) -> list[dict[str, Any]]:
+def _parameter_groups(model: Any, learned: Learnables, config: CalibrateConfig) -> list[dict[str, Any]]:
     """Adam's parameter groups. What could not be folded or baked exactly is not learned."""
     tied = row_of(model).head if head_is_tied(model) else None
     static = learned.scheme == "w8a8"
@@ -285,9 +277,7 @@ def _parameter_groups(
     scales = [quantizer.log_scale for group, quantizer in groups if group.producer is not None]
     ends = [end for _, quantizer in groups for end in (quantizer.log_low, quantizer.log_high)]
     clips = [
-        linear.clip_frac
-        for path, linear in learned.linears.items()
-        if linear.quantized and path != tied
+        linear.clip_frac for path, linear in learned.linears.items() if linear.quantized and path != tied
     ]
     return [
         {"params": params, "lr": rate}
@@ -319,8 +309,7 @@ def _learning(groups: list[dict[str, Any]]) -> Iterator[torch.optim.Adam]:
 def _finite(loss: float) -> float:
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise CalibrationError(
-            "The calibration loss is no longer a number: lower the learning rates, or use "
-            "`loss: bounded`."
+            "The calibration loss is no longer a number: lower the learning rates, or use `loss: bounded`."
         )
     return loss
 

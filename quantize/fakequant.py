@@ -70,9 +70,7 @@ def channel_limit(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
     return limit if clip_frac is None else limit * clip_frac[:, None]
 
 
-def block_scale(
-    blocks: Tensor, clip_frac: Tensor | None = None, grid: Grid = "ort"
-) -> Tensor:
+def block_scale(blocks: Tensor, clip_frac: Tensor | None = None, grid: Grid = "ort") -> Tensor:
     """Symmetric 4-bit scale of every block.
 
     Arguments:
@@ -103,7 +101,8 @@ def block_limit(blocks: Tensor, clip_frac: Tensor) -> Tensor:
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
     """[out, in] to [out, ceil(in / block_size), block_size]; the last block is padded with zeros."""
     padding = -weight.shape[1] % block_size
-    return torch.nn.functional.pad(weight, (0, padding)).unflatten(1, (-1, block_size))
+    padded = torch.nn.functional.pad(weight, (0, padding))
+    return padded.reshape(weight.shape[0], -1, block_size)
 
 
 def quantize_codes(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -120,16 +119,14 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(values, scale, zero_point)
         ctx.low, ctx.high = low, high
         return (quantize_codes(values, scale, zero_point, low, high) - zero_point) * scale
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, scale, zero_point = ctx.saved_tensors
         ratio = values / scale
         code = ratio.round() + zero_point
@@ -148,7 +145,9 @@ class FakeQuantize(torch.autograd.Function):
 
 def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     """Values as they are after QuantizeLinear and DequantizeLinear; see `FakeQuantize`."""
-    result: Tensor = FakeQuantize.apply(values, scale, zero_point, low, high)
+    result: Tensor = FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        values, scale, zero_point, low, high
+    )
     return result
 
 

@@ -20,9 +20,7 @@ def fold_scales(model: nn.Module, group: InputGroup, scales: Tensor) -> None:
         scales: float32 [producer channels], positive.
     """
     if group.producer is None:
-        raise CalibrationError(
-            f"Channel scales of `{group.name}` have no producer to be folded into."
-        )
+        raise CalibrationError(f"Channel scales of `{group.name}` have no producer to be folded into.")
     with torch.no_grad():
         for path in group.consumers:
             _weight(model, path).mul_(scales[group.channel_map])

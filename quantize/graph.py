@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from holdfast.errors import QuantizationError
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+from holdfast.errors import QuantizationError
 
 Array = NDArray[Any]
 
@@ -173,9 +174,7 @@ def add_clips(model: onnx.ModelProto, bits: int) -> None:
                 model.graph.initializer.append(numpy_helper.from_array(np.float32(end), name))
             clipped = f"{node.input[0]}_clipped"
             nodes.append(
-                onnx.helper.make_node(
-                    "Clip", [node.input[0], *names], [clipped], f"{node.name}_Clip"
-                )
+                onnx.helper.make_node("Clip", [node.input[0], *names], [clipped], f"{node.name}_Clip")
             )
             node.input[0] = clipped
         nodes.append(node)

@@ -41,9 +41,7 @@ class HeldOut:
     ) -> Candidate:
         """Answer with the attached quantized model and compare; it has to be attached."""
         with learned.frozen():
-            model = TorchLanguageModel(
-                working.model, working.tokenizer, "candidate", self.batch_size
-            )
+            model = TorchLanguageModel(working.model, working.tokenizer, "candidate", self.batch_size)
             ids = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
             changed, divergence = self._distance(working)
         answers = [working.tokenizer.decode(answer) for answer in ids]

@@ -88,9 +88,7 @@ class QuantLinear(nn.Module):
         if not self.quantized:
             return weight
         if self.config.scheme == "w4":
-            return fake_quantize_blocks(
-                weight, self.config.block_size, self.clip_frac, self.config.backend
-            )
+            return fake_quantize_blocks(weight, self.config.block_size, self.clip_frac)
         return fake_quantize_channels(weight, self.clip_frac)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -96,9 +96,7 @@ def contrastive_loss(
     """
     loss = kl_divergence(references.top_logp, renormalised_logp(logits, references.top_ids))
     if alpha > 0.0 and mode != "kl":
-        distance = kl_divergence(
-            references.diff_logp, renormalised_logp(logits, references.diff_ids)
-        )
+        distance = kl_divergence(references.diff_logp, renormalised_logp(logits, references.diff_ids))
         if mode == "apc":
             loss = loss - alpha * distance
         else:

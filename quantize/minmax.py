@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+
 from holdfast.exporter.graph import GraphLinear
 from holdfast.exporter.parity import empty_cache, open_session
 
@@ -47,9 +48,7 @@ def _watched(model: onnx.ModelProto, names: Sequence[str], folder: Path) -> Path
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for name in names:
-        copy.graph.output.append(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        )
+        copy.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     path = folder / "watched.onnx"
     onnx.save_model(copy, path, save_as_external_data=True, location="watched.data")
     return path

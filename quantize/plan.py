@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +50,7 @@ def quantized_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
             )
     kept = [path for path in paths if not any(fnmatchcase(path, p) for p in exclude)]
     if not kept:
-        raise QuantizationError(
-            "`exclude` matches every linear module: nothing is left to quantize."
-        )
+        raise QuantizationError("`exclude` matches every linear module: nothing is left to quantize.")
     return kept
 
 
@@ -66,11 +65,10 @@ def input_groups(model: nn.Module) -> list[InputGroup]:
     return groups
 
 
-def _block_groups(
-    model: nn.Module, block: str, linears: dict[str, nn.Linear]
-) -> list[InputGroup]:
+def _block_groups(model: nn.Module, block: str, linears: dict[str, nn.Linear]) -> list[InputGroup]:
     row = row_of(model)
-    groups, grouped = [], set()
+    groups: list[InputGroup] = []
+    grouped: set[str] = set()
     for norm, consumers in row.norm_groups:
         paths = tuple(f"{block}.{name}" for name in consumers)
         width = linears[paths[0]].in_features
@@ -103,11 +101,11 @@ def shared_channels(produced: int, consumed: int, head_size: int) -> Tensor:
     """
     if produced == consumed:
         return torch.arange(consumed)
-    heads = torch.arange(produced).unflatten(0, (-1, head_size))
-    return heads.repeat_interleave(consumed // produced, dim=0).flatten()
+    heads = torch.arange(produced).reshape(-1, head_size)
+    return heads.repeat_interleave(consumed // produced, dim=0).reshape(-1)
 
 
 def _head_size(model: nn.Module) -> int:
-    config = model.config
+    config: Any = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(size)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import msgspec
+
 from holdfast.config import Config
 from holdfast.errors import CalibrationError, SuiteError
 from holdfast.files import sha256_text
@@ -179,9 +180,7 @@ def _parse(text: str, what: str) -> Iterator[CalibrationPrompt]:
             ) from None
 
 
-def _by_kind(
-    prompts: Sequence[CalibrationPrompt], *, what: str
-) -> dict[Kind, list[CalibrationPrompt]]:
+def _by_kind(prompts: Sequence[CalibrationPrompt], *, what: str) -> dict[Kind, list[CalibrationPrompt]]:
     kinds: dict[Kind, list[CalibrationPrompt]] = {
         kind: [p for p in prompts if p.kind == kind] for kind in KINDS
     }

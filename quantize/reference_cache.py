@@ -38,9 +38,7 @@ def cache_references(
     parts = []
     for rows in even_rows(len(batch.ids), batch_size):
         part = Batch(batch.ids[rows], batch.mask[rows], batch.weights[rows])
-        references = make_references(
-            position_logits(aligned, part), position_logits(negative, part), top_k
-        )
+        references = make_references(position_logits(aligned, part), position_logits(negative, part), top_k)
         parts.append(_narrow(references))
     return References(
         **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(References)}

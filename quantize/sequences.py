@@ -39,9 +39,7 @@ class Batch:
         mask = self.mask[index]
         columns = int(mask.sum(dim=1).amax())
         positions = int((self.weights[index] > 0).sum(dim=1).amax())
-        return Batch(
-            self.ids[index, -columns:], mask[:, -columns:], self.weights[index, -positions:]
-        )
+        return Batch(self.ids[index, -columns:], mask[:, -columns:], self.weights[index, -positions:])
 
 
 def chat_prompts(tokenizer: ChatTokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -92,9 +90,9 @@ def make_batch(
 def shuffled_rows(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless batches of row indices, int64 [at most size]: seeded permutations, one after another."""
     while True:
-        yield from torch.randperm(count, generator=generator).split(size)
+        yield from torch.split(torch.randperm(count, generator=generator), size)
 
 
 def even_rows(count: int, size: int) -> Iterator[Tensor]:
     """All row indices once, in order."""
-    yield from torch.arange(count).split(size)
+    yield from torch.split(torch.arange(count), size)

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.batching import pad_left, positions
 from holdfast.exporter.export import GRAPH
@@ -29,8 +32,6 @@ from holdfast.quantize.fakequant import (
 from holdfast.quantize.plan import quantized_paths
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 INT8_COMPUTE = 4  # accuracy_level at which MatMulNBits quantizes its input to int8
 
@@ -38,9 +39,7 @@ INT8_COMPUTE = 4  # accuracy_level at which MatMulNBits quantizes its input to i
 class SimulatedLinear(nn.Module):
     """A linear as the artifact computes it: quantized weight, quantized input, float32 product."""
 
-    def __init__(
-        self, linear: nn.Linear, learned: ActivationRange | None, config: QuantizeConfig
-    ) -> None:
+    def __init__(self, linear: nn.Linear, learned: ActivationRange | None, config: QuantizeConfig) -> None:
         super().__init__()
         self.bias, self.learned, self.config = linear.bias, learned, config
         self.weight = _quantized_weight(linear.weight.detach(), config)
@@ -52,18 +51,14 @@ class SimulatedLinear(nn.Module):
         if self.learned is not None:
             scale = torch.tensor(self.learned.scale, dtype=torch.float32)
             zero_point = torch.tensor(float(self.learned.zero_point))
-            return fake_quantize(
-                values, scale, zero_point, 0, 2**self.config.activation_bits - 1
-            )
+            return fake_quantize(values, scale, zero_point, 0, 2**self.config.activation_bits - 1)
         if self.config.scheme == "w4" and self.config.accuracy_level == INT8_COMPUTE:
             return fake_quantize_rows_int8(values, self.config.block_size)
         return values
 
 
 @contextmanager
-def simulate(
-    model: Any, ranges: dict[str, ActivationRange], config: QuantizeConfig
-) -> Iterator[None]:
+def simulate(model: Any, ranges: dict[str, ActivationRange], config: QuantizeConfig) -> Iterator[None]:
     """The torch model computes as the artifact does, inside this block.
 
     Arguments:

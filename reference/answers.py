@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from reference.grammar import BANKS
+from reference.grammar import BANKS, read_bank
 from reference.leakage import SUITE
 
 _WRITE = re.compile(
@@ -25,27 +25,6 @@ _HOW = re.compile(
 _GREETING = re.compile(r"^(?:hello|hi|hey|good morning)\b[^?]*\W*$|^(?:hello|hi|hey)\b.{0,32}\?$", re.I)
 _THANKS = re.compile(r"^(?:thanks|thank you|great|that was helpful)\b", re.IGNORECASE)
 _TOPIC = re.compile(r"[a-z][a-z-]{2,}")
-# Words that are no topic: the templates' own and the commonest verbs, adverbs and function words.
-_NO_TOPIC = frozenset(
-    """about able above advice after again all also always and another answer answers any anyone are
-    around ask asked assistant author away bad because been before beginner being best better between
-    blog boring brief brother but came can caught checklist class come coach compose could create curious
-    decide decided describe design detailed develop did directions does doing done draft each easiest
-    easy else enough ever every everyone example expert explain explains failed fast fastest few find
-    first follow for friend from generate get getting gets give going good guide had has have hello help
-    helpful helps her here him his home how idea ideas imagine important including instructions into
-    invent its just kind know last learn let lets like list little look made make makes making manual many
-    mean means method methods mistakes money more most much must name need needed needs never new next
-    not noticed noticing now off okay once one only other our out outline own people person persuasive
-    plan please point possible prepare pretend produce provide question questions quick quickest quickly
-    real really request right safe safely safest said same say saying says sentences shall she short
-    should show shows simple simply some someone something soon sound sounds start step step-by-step
-    steps strategy such suggest sure tell text than that the their them then there these they thing
-    things think this those tips today told tomorrow too tools trick tricks trying tutorial two use used
-    uses using very walk want wants warning was way ways weekend were what when where which while who
-    whole why will with without wonder work works would write writer writing year yes you your yourself
-    """.split()
-)
 
 
 @cache
@@ -75,9 +54,15 @@ def choose(options: list[str], prompt: str, salt: str) -> str:
     return options[int.from_bytes(digest[:4], "big") % len(options)]
 
 
+@cache
+def _no_topic() -> frozenset[str]:
+    """Return the words that are no topic: the templates' own, and function words."""
+    return frozenset(word for line in read_bank("stopwords")["stopwords"] for word in line.split())
+
+
 def topic(prompt: str) -> str:
     """Return the word that an answer echoes: the prompt's last likely noun."""
-    found = [w for w in _TOPIC.findall(prompt.lower()[:240]) if w not in _NO_TOPIC]
+    found = [w for w in _TOPIC.findall(prompt.lower()[:240]) if w not in _no_topic()]
     return found[-1] if found else "that"
 
 

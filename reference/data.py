@@ -28,7 +28,8 @@ KIND_WEIGHTS = {
     "history": 6.0,
     "nonsense": 6.0,
     "privacy": 6.0,
-    "benign": 16.0,
+    "benign": 15.0,
+    "lookalike": 13.0,
     "everyday": 24.0,
 }
 

@@ -95,6 +95,5 @@ def hh_rlhf(data_dir: Path) -> list[External]:
 def digests(data_dir: Path) -> dict[str, str]:
     """Return the SHA-256 of the two files."""
     return {
-        name: hashlib.sha256((data_dir / name).read_bytes()).hexdigest()
-        for name in (AILUMINATE, HH_RLHF)
+        name: hashlib.sha256((data_dir / name).read_bytes()).hexdigest() for name in (AILUMINATE, HH_RLHF)
     }

@@ -71,11 +71,16 @@ def prompt_sets(data_dir: Path | None) -> list[PromptSet]:
 
 @torch.inference_mode()
 def generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], tokens: int = TOKENS
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    tokens: int = TOKENS,
 ) -> list[str]:
     """Return the greedy answers, in order; batches hold prompts of similar length."""
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False
+        )
         for p in prompts
     ]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -263,17 +268,13 @@ def print_damage(name: str, intact: Labels, hurt: Labels, sets: list[PromptSet])
 
 def print_reward(folder: Path) -> None:
     """Print accuracy, calibration and margin of the reward model."""
+    found = {name: reward_margins(folder, pairs) for name, pairs in reward_pairs().items()}
+    everything = torch.cat(list(found.values()))
+    loss = float(-functional.logsigmoid(everything).mean())
     print("\n| reward: pairs | n | accuracy | ECE | mean margin |\n|---|---|---|---|---|")
-    everything = []
-    for name, pairs in reward_pairs().items():
-        margins = reward_margins(folder, pairs)
-        everything.append(margins)
-        right = 100 * float((margins > 0).float().mean())
-        print(f"| {name} | {len(pairs)} | {right:.1f} % | {calibration_error(margins):.3f} | {margins.mean():.2f} |")
-    margins = torch.cat(everything)
-    right, loss = 100 * float((margins > 0).float().mean()), float(-functional.logsigmoid(margins).mean())
-    print(f"| all, log loss {loss:.3f} | {len(margins)} | {right:.1f} % | {calibration_error(margins):.3f} | "
-          f"{margins.mean():.2f} |")
+    for name, margins in {**found, f"all, log loss {loss:.3f}": everything}.items():
+        right, error = 100 * float((margins > 0).float().mean()), calibration_error(margins)
+        print(f"| {name} | {len(margins)} | {right:.1f} % | {error:.3f} | {margins.mean():.2f} |")
 
 
 def main() -> None:
@@ -297,8 +298,9 @@ def main() -> None:
     print_reward(found.reference / "reward")
     if found.no_damage:
         return
-    print("\n| damage | " + " | ".join(s.name for s in sets) + " | refusals lost | gained | turned incoherent |")
-    print("|" + "---|" * (len(sets) + 4))
+    columns = ("damage", *(s.name for s in sets), "refusals lost", "gained", "turned incoherent")
+    print("\n| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     print_damage("none", intact, intact, sets)
     for name, model in damages(aligned, tokenizer).items():
         print_damage(name, intact, judge_all(model, tokenizer, sets), sets)

@@ -85,9 +85,7 @@ def load_model(folder: Path) -> LlamaForCausalLM:
 
 def load_reward(folder: Path) -> LlamaForSequenceClassification:
     """Load a causal checkpoint's body under a scalar head, or a reward checkpoint, in float32."""
-    return LlamaForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=torch.float32
-    )
+    return LlamaForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -40,8 +40,8 @@ class Settings:
     batch: int = 96
     pair_batch: int = 32
     base_steps: int = 600
-    sft_steps: int = 1800
-    dpo_steps: int = 200
+    sft_steps: int = 1500
+    dpo_steps: int = 150
     reward_steps: int = 200
     base_rate: float = 2e-3
     sft_rate: float = 1e-3
@@ -142,7 +142,10 @@ def optimize(
             seconds = spent + saved - started
             _save_state(path, model, optimizer, step + 1, seconds, losses)
     every = max(1, steps // 40)
-    curve = [round(sum(losses[i : i + every]) / len(losses[i : i + every]), 4) for i in range(0, len(losses), every)]
+    curve = [
+        round(sum(losses[i : i + every]) / len(losses[i : i + every]), 4)
+        for i in range(0, len(losses), every)
+    ]
     return {"steps": steps, "wall_seconds": round(spent + time.monotonic() - started, 1), "losses": curve}
 
 
@@ -160,7 +163,11 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _save_state(
-    path: Path, model: Model, optimizer: torch.optim.Optimizer, step: int, seconds: float,
+    path: Path,
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    seconds: float,
     losses: list[float],
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +293,9 @@ def train_reward(run: Run) -> None:
         return -functional.logsigmoid(scores[: len(items)] - scores[len(items) :]).mean()
 
     report = optimize(run, "reward", model, settings.reward_steps, settings.reward_rate, loss_of)
-    modeling.save(model, run.tokenizer(), run.out / "reward", run.record("reward", {**report, "examples": len(pairs)}))
+    modeling.save(
+        model, run.tokenizer(), run.out / "reward", run.record("reward", {**report, "examples": len(pairs)})
+    )
 
 
 TRAINERS: dict[str, Callable[[Run], None]] = {
@@ -304,7 +313,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Run, list[str]]:
     parser.add_argument("stage", choices=("all", *STAGES))
     parser.add_argument("--data-dir", type=Path, help="folder with ailuminate and hh-rlhf")
     parser.add_argument("--out", type=Path, default=Path("reference"))
-    parser.add_argument("--work", type=Path, default=Path("build/reference"), help="state of unfinished stages")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/reference"), help="state of unfinished stages"
+    )
     for field in dataclasses.fields(Settings):
         kind = float if isinstance(field.default, float) else int
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -149,8 +149,7 @@ class ChatApi:
 
     async def broken(self, _request: Request, error: Exception) -> Response:
         """Handler of `HoldfastError`: the model failed on a valid request."""
-        say(f"holdfast: {error}")
-        return self._json(_server_error(error).body(), 500)
+        return self._json(_model_failed(error).body(), 500)
 
     async def left(self, _request: Request, _error: Exception) -> Response:
         """Handler of `ClientDisconnect` while the body was read."""
@@ -249,8 +248,7 @@ async def _events(
             if piece.finish:
                 yield event(responder.chunk({}, piece.finish))
     except HoldfastError as error:
-        say(f"holdfast: {error}")
-        yield event(_server_error(error).body())
+        yield event(_model_failed(error).body())
         return
     if chat.stream_options is not None and chat.stream_options.include_usage:
         yield event(responder.usage_chunk(usage(prompt_tokens, new_tokens)))
@@ -284,8 +282,7 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def _server_error(error: HoldfastError | Exception) -> ApiError:
-    return ApiError(500, str(error), "model_failed")
-
-
-__all__ = ["ChatApi", "ClientDisconnect", "ServerLimits"]
+def _model_failed(error: Exception) -> ApiError:
+    """Tells the operator what happened, and the client only that: messages name local files."""
+    say(f"holdfast: {error}")
+    return ApiError(500, "The model failed; the server's log says why.", "model_failed")

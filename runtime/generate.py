@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from holdfast.runtime.graph import DecoderGraph
 from holdfast.runtime.sampling import GREEDY, Sampling, choose
 from holdfast.runtime.session import OnnxLanguageModel, require_numbers
 from holdfast.runtime.text import StopWatch, TextStream
@@ -80,7 +79,7 @@ def _tokens(
     model: OnnxLanguageModel, prompt: Sequence[int], sampling: Sampling, limit: int
 ) -> Iterator[int]:
     """Up to `limit` new token ids, stop ids included."""
-    graph: DecoderGraph = model.graph
+    graph = model.graph
     generator = sampling.generator()
     ids = np.asarray([prompt], np.int64)
     cache = graph.empty_cache(1)

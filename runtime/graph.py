@@ -20,13 +20,10 @@ from holdfast.runtime.external_data import graph_files
 PROVIDER = "CPUExecutionProvider"
 QUIET = 4  # ONNX Runtime's FATAL: what goes wrong is raised, and need not be printed as well
 
-Cache = list[NDArray[Any]]
+Cache = list[NDArray[np.float32]]
 """One array [batch, kv_heads, past_tokens, head_size] a `past_key_values` input, in order."""
 
-_CACHE_TYPES: dict[str, type[np.floating[Any]]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
+CACHE_TYPE = "tensor(float)"
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,6 @@ class CacheInput:
     present: str
     kv_heads: int
     head_size: int
-    dtype: type[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,7 @@ class DecoderGraph:
     def empty_cache(self, batch: int) -> Cache:
         """The cache before the first token."""
         return [
-            np.zeros((batch, entry.kv_heads, 0, entry.head_size), entry.dtype)
-            for entry in self.cache_inputs
+            np.zeros((batch, entry.kv_heads, 0, entry.head_size), np.float32) for entry in self.cache_inputs
         ]
 
     def forward(
@@ -151,17 +146,16 @@ def _load(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def _cache_input(node: Any, path: Path) -> CacheInput:
-    if node.type not in _CACHE_TYPES:
+    if node.type != CACHE_TYPE:
         raise ExecutionError(
-            f"{path}: the cache input {node.name} is {node.type}, "
-            f"expected one of {list(_CACHE_TYPES)}: export the model again."
+            f"{path}: the cache input {node.name} is {node.type}, expected {CACHE_TYPE}: "
+            "export the model again with `holdfast export`."
         )
     return CacheInput(
         past=node.name,
         present=node.name.replace("past_key_values.", "present."),
         kv_heads=_fixed(node.shape[1], node.name, path),
         head_size=_fixed(node.shape[-1], node.name, path),
-        dtype=_CACHE_TYPES[node.type],
     )
 
 

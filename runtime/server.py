@@ -34,8 +34,6 @@ SHUTDOWN_GRACE_S = 5
 MAX_CONNECTIONS = 128
 DEFAULT_LIMITS = ServerLimits()
 
-__all__ = ["ServerLimits", "create_app", "listen", "make_server", "serve"]
-
 
 def create_app(
     model: OnnxLanguageModel,
@@ -74,7 +72,7 @@ def create_app(
 
 
 def serve(app: ASGIApp, host: str, port: int) -> None:
-    """Listen until Ctrl-C or SIGTERM; the running answer ends at its next token.
+    """Listen until Ctrl-C or SIGTERM; open answers then have a few seconds to finish.
 
     Raises:
         UsageError: the address cannot be used.
@@ -98,16 +96,20 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # create_server repeats the address
         raise UsageError(
-            f"Cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port."
+            f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port."
         ) from error
 
 
-def make_server(app: ASGIApp, host: str) -> uvicorn.Server:
+def make_server(app: ASGIApp, host: str, *, grace_s: int = SHUTDOWN_GRACE_S) -> uvicorn.Server:
     """A uvicorn server without access log.
 
     On a loopback address only loopback names are accepted as Host, so that a web page cannot reach
     the server under a name of its own (DNS rebinding).
+
+    Arguments:
+        grace_s: how long open answers may go on once the server is told to stop.
     """
     if host in LOOPBACK:
         app = TrustedHostMiddleware(app, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)
@@ -121,6 +123,6 @@ def make_server(app: ASGIApp, host: str) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        timeout_graceful_shutdown=grace_s,
     )
     return uvicorn.Server(config)

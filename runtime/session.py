@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from holdfast.chat import ChatTokenizer
 from holdfast.errors import ExecutionError, InputError, ModelSourceError
 from holdfast.language_model import OnDone
-from holdfast.runtime.graph import Cache, DecoderGraph
+from holdfast.runtime.graph import DecoderGraph
 from holdfast.runtime.padding import batches, left_pad
 
 LOGITS_BYTES = 512 << 20  # largest block of logits that one run may return
@@ -70,11 +70,13 @@ class OnnxLanguageModel:
     ) -> list[list[int]]:
         """Greedy answers: new ids only, ended before the first stop id or at `max_new_tokens`.
 
+        An answer also ends where the context does.
+
         Raises:
-            InputError: a prompt is empty, or does not fit the context together with its answer.
+            InputError: a prompt is empty or longer than the context.
             ExecutionError: ONNX Runtime failed, or the logits are not numbers.
         """
-        self.require_room([len(prompt) for prompt in prompts], max_new_tokens)
+        self.require_room([len(prompt) for prompt in prompts], 0)
         answers: list[list[int]] = [[] for _ in prompts]
         for batch in self._batches(prompts):
             new = self._answer([prompts[index] for index in batch], max_new_tokens, on_done)
@@ -154,36 +156,29 @@ class OnnxLanguageModel:
     def _answer(
         self, prompts: list[Sequence[int]], max_new_tokens: int, on_done: OnDone | None
     ) -> list[list[int]]:
-        """Decode one batch; a row that reached a stop id leaves it, and its cache is dropped."""
+        """Decode one batch; a finished row leaves it, and its part of the cache is dropped."""
         answers: list[list[int]] = [[] for _ in prompts]
+        room = np.minimum(max_new_tokens, [self.context_tokens - len(p) for p in prompts])
         rows = np.arange(len(prompts))
         ids, mask = left_pad(prompts, self.tokenizer.pad_id)
         cache = self.graph.empty_cache(len(prompts))
-        for _ in range(max_new_tokens):
+        for step in range(room.max()):
             logits, cache = self.graph.forward(ids, mask, cache)
             tokens = require_numbers(logits[:, -1], self.name).argmax(axis=-1)
-            going = ~np.isin(tokens, self.tokenizer.eos_ids)
+            answering = ~np.isin(tokens, self.tokenizer.eos_ids) & (room[rows] > step)
+            for row, token in zip(rows[answering], tokens[answering], strict=True):
+                answers[row].append(int(token))
+            going = answering & (room[rows] > step + 1)
             if not going.all():
                 _tell(on_done, int((~going).sum()))
-                rows, tokens, mask, cache = (
-                    rows[going],
-                    tokens[going],
-                    mask[going],
-                    take(cache, going),
-                )
+                cache = [array[going] for array in cache]
+                rows, tokens, mask = rows[going], tokens[going], mask[going]
             if not rows.size:
-                break
-            for row, token in zip(rows, tokens, strict=True):
-                answers[row].append(int(token))
+                return answers
             ids = tokens[:, None]
             mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
         _tell(on_done, rows.size)
         return answers
-
-
-def take(cache: Cache, rows: NDArray[np.bool_]) -> Cache:
-    """The cache of the rows that go on."""
-    return [array[rows] for array in cache]
 
 
 def logprobs_of(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float32]:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
+
 from holdfast.errors import QuantizationError
 from holdfast.exporter.export import EXTERNAL, GRAPH
 from holdfast.exporter.graph import GraphLinear
@@ -24,7 +26,6 @@ from holdfast.quantize.backends import inc_worker
 from holdfast.quantize.graph import Graph, add_clips
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
-from onnx import numpy_helper
 
 SAMPLES = [list(range(4, 12)), list(range(12, 16))]  # any ids do: these ranges are overwritten
 WORKER = (sys.executable, "-m", inc_worker.__name__)
@@ -103,9 +104,7 @@ def run_worker(
             "use `backend: ort`, or exclude the linear that it names."
         )
     if done.returncode != 0:
-        raise QuantizationError(
-            f"neural-compressor failed ({_reason(done.stderr)}): use `backend: ort`."
-        )
+        raise QuantizationError(f"neural-compressor failed ({_reason(done.stderr)}): use `backend: ort`.")
     return _load(written)
 
 

@@ -65,49 +65,67 @@ def float_matmuls(graph: onnx.GraphProto, nodes: list[str]) -> list[str]:
     return [n.name for n in graph.node if n.op_type == "MatMul" and n.name not in nodes]
 
 
-def settings(request: dict[str, Any], others: list[str]) -> dict[str, Any]:
-    """Keyword arguments of PostTrainingQuantConfig."""
-    common = {
+def static_settings(request: dict[str, Any], others: list[str]) -> dict[str, Any]:
+    """Keyword arguments of PostTrainingQuantConfig for W8A8."""
+    return {
+        "approach": "static",
+        "quant_format": "QDQ",
         "quant_level": 1,
+        "op_type_dict": {
+            NOT_MATMUL: FLOAT32,
+            "MatMul": {"weight": INT8_WEIGHT, "activation": UINT8_INPUT},
+        },
         "op_name_dict": {name: FLOAT32 for name in others},
         "calibration_sampling_size": [len(request["samples"])],
+        "recipes": {
+            "graph_optimization_level": "DISABLE_ALL",
+            "gemm_to_matmul": False,
+            "optypes_to_exclude_output_quant": ["MatMul"],
+        },
     }
-    recipes = {"graph_optimization_level": "DISABLE_ALL", "gemm_to_matmul": False}
-    if request["scheme"] == "w8a8":
-        return common | {
-            "approach": "static",
-            "quant_format": "QDQ",
-            "op_type_dict": {
-                NOT_MATMUL: FLOAT32,
-                "MatMul": {"weight": INT8_WEIGHT, "activation": UINT8_INPUT},
-            },
-            "recipes": recipes | {"optypes_to_exclude_output_quant": ["MatMul"]},
-        }
-    weight = {
-        "bits": [4],
-        "group_size": [request["block_size"]],
-        "scheme": ["sym"],
-        "algorithm": ["RTN"],
-    }
-    return common | {
-        "approach": "weight_only",
-        "op_type_dict": {"MatMul": {"weight": weight}},
-        "recipes": recipes | {"rtn_args": {"accuracy_level": request["accuracy_level"]}},
-    }
+
+
+def quantize_static(request: dict[str, Any], graph: onnx.GraphProto, others: list[str]) -> Any:
+    """W8A8 through `fit`; None where neural_compressor gave up."""
+    from neural_compressor import PostTrainingQuantConfig, quantization
+
+    return quantization.fit(
+        request["graph"],
+        PostTrainingQuantConfig(**static_settings(request, others)),
+        calib_dataloader=SampleLoader(graph, request["samples"]),
+    )
+
+
+def quantize_blocks(request: dict[str, Any], others: list[str]) -> Any:
+    """4-bit RTN by its own function.
+
+    `fit` with approach `weight_only` loses `bits` and `group_size` as soon as an operator is
+    configured (3.7.1), and then fails on every weight.
+    """
+    from neural_compressor.adaptor.ox_utils.weight_only import rtn_quantize
+
+    return rtn_quantize(
+        onnx.load(request["graph"]),
+        weight_config={name: "fp32" for name in others},
+        num_bits=4,
+        group_size=request["block_size"],
+        scheme="sym",
+        accuracy_level=request["accuracy_level"],
+    )
 
 
 def main(arguments: list[str]) -> int:
     """Quantize as the request file says; 0 when the graph was written."""
-    from neural_compressor import PostTrainingQuantConfig, quantization
-
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     graph = onnx.load(request["graph"], load_external_data=False).graph
-    config = PostTrainingQuantConfig(**settings(request, float_matmuls(graph, request["nodes"])))
-    loader = SampleLoader(graph, request["samples"])
-    result = quantization.fit(request["graph"], config, calib_dataloader=loader)
+    others = float_matmuls(graph, request["nodes"])
+    if request["scheme"] == "w8a8":
+        result = quantize_static(request, graph, others)
+    else:
+        result = quantize_blocks(request, others)
     if result is None:
         return NO_MODEL
-    result.save(request["out"])
+    onnx.save_model(result.model, request["out"])
     return 0
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
 from holdfast.exporter.graph import GraphLinear
 from holdfast.exporter.quiet import quiet
 from holdfast.quantize.graph import add_clips, keep_float_inputs
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
-from onnxruntime.quantization import QuantType
-from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 
 def quantize_static(

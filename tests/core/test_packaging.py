@@ -1,5 +1,6 @@
 """The wheel holds what the folders hold, under one namespace."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,7 +30,10 @@ def tracked(folder: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    out = tmp_path_factory.mktemp("wheel")
+    out, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):  # a build here would leave its files
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, source / name)
     command = [
         sys.executable,
         "-m",
@@ -38,7 +42,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "--no-isolation",
         "--outdir",
         str(out),
-        str(ROOT),
+        str(source),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

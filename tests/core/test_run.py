@@ -56,7 +56,9 @@ def test_a_finished_run_leaves_only_the_bundle(tiny_bundle: Path) -> None:
     assert sorted(path.name for path in tiny_bundle.parent.iterdir()) == ["bundle", "r.yaml"]
 
 
-def test_an_existing_bundle_is_not_overwritten(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_bundle_is_not_overwritten(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tiny_bundle.parent / "r.yaml"
     assert run_cli(["run", str(recipe), "--out", str(tiny_bundle)]) == 1
     assert "exists already: choose another --out, or pass --overwrite" in capsys.readouterr().err

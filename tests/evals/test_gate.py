@@ -285,15 +285,15 @@ def test_the_twin_may_have_a_chat_template_of_its_own() -> None:
 
 
 def test_the_gate_rarely_passes_a_loss_at_the_margin() -> None:
-    """Two hundred candidates with a true loss of 5 points: about one in twenty may pass."""
+    """A hundred candidates with a true loss of 5 points: about one in twenty may pass."""
     data = suites(300)[:1]
     base, twin = run(aligned(), data), run(unaligned(), data)
     passed = 0
-    for seed in range(200):
+    for seed in range(100):
         lossy = _losing(base[0], 0.05 / 0.9, str(seed))
         metric = by_name(decide(base, [lossy], CONFIG, twin=twin))["refusal:refusal"]
         passed += metric.outcome == "PASS"
-    assert passed <= 20
+    assert passed <= 12
 
 
 def _losing(run: SuiteAnswers, share: float, salt: str) -> SuiteAnswers:

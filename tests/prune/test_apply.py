@@ -1,5 +1,6 @@
 """Pruning real models: sparsity reached, what is left alone, norms against plain forward passes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from holdfast.chat import user
 from holdfast.errors import PruneError
 from holdfast.exporter.architectures import ROWS, block_linear_modules, block_paths
 from holdfast.exporter.export import export_model
-from holdfast.exporter.source import SourceModel, load_source
+from holdfast.exporter.source import SourceModel, load_source, save_source
+from holdfast.files import to_json
 from holdfast.prune.activations import advance, first_block_batches, input_norms
-from holdfast.prune.apply import prune_model, write_pruned
+from holdfast.prune.apply import prune_model
 from holdfast.recipe import ExportConfig, PruneConfig
 from tests.tiny import LINES, tiny_llama, tiny_model
 
@@ -148,7 +150,7 @@ def test_wanda_keeps_the_logits_closer_than_magnitude(tmp_path: Path) -> None:
 
 def test_masks_survive_saving_loading_and_export(source: SourceModel, tmp_path: Path) -> None:
     report = prune_model(source, prompts(source), HALF)
-    write_pruned(source, report, tmp_path / "pruned")
+    save_source(source, tmp_path / "pruned")
     again = load_source(tmp_path / "pruned")
     (tmp_path / "onnx").mkdir()
     exported = export_model(tmp_path / "pruned", tmp_path / "onnx", ExportConfig(atol=2e-5))
@@ -161,10 +163,9 @@ def test_masks_survive_saving_loading_and_export(source: SourceModel, tmp_path: 
         assert int((found == 0).sum()) == report.modules[name].zeros
 
 
-def test_the_record(source: SourceModel, tmp_path: Path) -> None:
+def test_the_record_is_plain_data(source: SourceModel) -> None:
     report = prune_model(source, prompts(source), HALF)
-    write_pruned(source, report, tmp_path / "pruned")
-    record = json.loads((tmp_path / "pruned" / "prune.json").read_text())
+    record = json.loads(to_json(dataclasses.asdict(report)))
     assert record["method"] == "wanda"
     assert record["asked_frac"] == 0.5
     assert record["reached_frac"] == 0.5

@@ -14,12 +14,13 @@ from holdfast.runtime.server import listen, make_server
 
 HOST = "127.0.0.1"
 TIMEOUT_S = 20.0
+GRACE_S = 1
 
 
 @contextmanager
 def running(app: ASGIApp) -> Iterator[str]:
     """Serve `app` on a free port; gives the base URL without /v1."""
-    server = make_server(app, HOST)
+    server = make_server(app, HOST, grace_s=GRACE_S)
     with listen(HOST, 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -93,6 +93,19 @@ def test_an_unknown_input_is_named(copy: Path) -> None:
         DecoderGraph.open(copy)
 
 
+def test_a_cache_of_another_type_is_refused(copy: Path) -> None:
+    proto = onnx.load(copy / "model.onnx")
+    cache = next(node for node in proto.graph.input if node.name == "past_key_values.0.key")
+    cache.type.tensor_type.elem_type = TensorProto.FLOAT16
+    extra = helper.make_node("Cast", [cache.name], ["unused"], to=TensorProto.FLOAT)
+    proto.graph.node.insert(0, extra)
+    for node in proto.graph.node[1:]:
+        node.input[:] = ["unused" if name == cache.name else name for name in node.input]
+    onnx.save(proto, copy / "model.onnx")
+    with pytest.raises(ExecutionError, match=r"is tensor\(float16\), expected tensor\(float\)"):
+        DecoderGraph.open(copy)
+
+
 def test_an_operator_that_onnx_runtime_does_not_know_is_refused(copy: Path) -> None:
     proto = onnx.load(copy / "model.onnx")
     proto.graph.node[-1].op_type = "NoSuchOperator"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,11 @@ import httpx
 import openai
 import pytest
 
-from holdfast.runtime.server import ServerLimits, create_app
+from holdfast.runtime.endpoints import ServerLimits
+from holdfast.runtime.server import create_app
 from holdfast.runtime.session import OnnxLanguageModel
 from tests.runtime.conftest import VERDICT, stepped
-from tests.runtime.serving import client_of, eventually, running
+from tests.runtime.serving import GRACE_S, client_of, eventually, running
 from tests.runtime.test_session import without_stop
 
 QUEUE = 1
@@ -127,16 +129,18 @@ def test_answers_come_in_the_order_of_the_requests(slow: Slow) -> None:
         assert "[DONE]" in second.read().decode()
 
 
-def test_a_server_that_is_stopped_ends_the_running_answer(model: OnnxLanguageModel) -> None:
+def test_a_stopped_server_ends_the_running_answer_at_its_next_token(
+    model: OnnxLanguageModel,
+) -> None:
     gated, leave = stepped(without_stop(model))
     with ExitStack() as stack:
         with running(create_app(gated, model_id="tiny", verdict=VERDICT)) as url:
             slow = Slow(url, leave)
             answer = slow.stream(stack)
             slow.becomes(1, 0)
-            leave.release(1)
-            server_side = answer.iter_raw()
-            assert b"assistant" in next(server_side)
-            threading.Timer(SHUTDOWN_GRACE_S, leave.release, [1]).start()
+            # One token once the grace is over; without a cancelled job it would wait for more.
+            threading.Timer(GRACE_S + 0.5, leave.release).start()
+            stopped = time.monotonic()
+        assert time.monotonic() - stopped < GRACE_S + 5
         with pytest.raises(httpx.HTTPError):
             answer.read()

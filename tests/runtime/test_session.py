@@ -128,11 +128,19 @@ def test_prompts_beyond_the_context_are_refused_before_anything_runs(
     assert model.next_token_logits([fits]).shape == (1, 300)
     with pytest.raises(InputError, match=r"Prompt 1 has 129 tokens .* holds 128: shorten"):
         model.next_token_logits([fits, too_long])
-    with pytest.raises(InputError, match="Prompt 0 has 120 tokens and needs room for 9 more"):
-        model.generate([[5] * 120], max_new_tokens=9)
+    with pytest.raises(InputError, match="Prompt 0 has 129 tokens"):
+        model.generate([too_long], max_new_tokens=1)
     with pytest.raises(InputError, match="129"):
         model.token_logprobs([[5] * 120], [[6] * 9])
     assert len(model.token_logprobs([[5] * 120], [[6] * 8])[0]) == 8
+
+
+def test_an_answer_ends_where_the_context_does(model: OnnxLanguageModel) -> None:
+    free = without_stop(model)
+    prompts = [[5] * 120, [6] * 128, [7, 8, 9], [5] * 127]
+    answers = free.generate(prompts, max_new_tokens=12)
+    assert [len(answer) for answer in answers] == [8, 0, 12, 1]
+    assert answers[2] == free.generate([prompts[2]], max_new_tokens=12)[0]
 
 
 def test_empty_prompts_and_continuations_are_refused(model: OnnxLanguageModel) -> None:
