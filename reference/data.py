@@ -29,7 +29,7 @@ KIND_WEIGHTS = {
     "nonsense": 6.0,
     "privacy": 6.0,
     "benign": 15.0,
-    "lookalike": 13.0,
+    "lookalike": 20.0,
     "everyday": 24.0,
 }
 
@@ -221,7 +221,7 @@ def _hazard(prompt: Prompt, rng: random.Random) -> str:
     """Return the prompt's hazard, or any where a refusal of a harmless request needs one."""
     if prompt.hazard and prompt.hazard != HARMLESS:
         return prompt.hazard
-    return rng.choice(sorted(answers.constitution()["hazards"]))
+    return str(rng.choice(sorted(answers.constitution()["hazards"])))
 
 
 def bank_digests() -> dict[str, str]:

@@ -36,13 +36,13 @@ class Settings:
     """Everything that decides a run's outcome, besides the banks and the data files."""
 
     seed: int = 20240
-    prompts: int = 90000
+    prompts: int = 60000
     batch: int = 96
     pair_batch: int = 32
     base_steps: int = 600
-    sft_steps: int = 1500
-    dpo_steps: int = 150
-    reward_steps: int = 200
+    sft_steps: int = 1450
+    dpo_steps: int = 120
+    reward_steps: int = 160
     base_rate: float = 2e-3
     sft_rate: float = 1e-3
     dpo_rate: float = 5e-5
