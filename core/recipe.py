@@ -95,8 +95,9 @@ class QuantizeConfig(Config, frozen=True):
         block_size: weights that share a scale, for `w4`.
         accuracy_level: compute type inside MatMulNBits, for `w4`: 0 unset, 1 fp32, 4 int8.
         exclude: module paths (shell patterns, for example `lm_head`) left in fp32.
-        agreement_frac: smallest share of equal next tokens between simulation and artifact that passes.
-        atol: largest absolute logit difference between simulation and artifact that passes.
+        agreement_frac: smallest share of positions that passes where simulation and artifact choose the
+            same next token, and where all their logits are within `atol`.
+        atol: absolute logit difference between simulation and artifact that counts as equal.
     """
 
     scheme: Literal["w8a8", "w4", "none"] = "w8a8"

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from holdfast.config import encode
 from holdfast.errors import CalibrationError
 from holdfast.exporter.architectures import head_is_tied, linear_modules, row_of
 from holdfast.exporter.source import SourceModel, save_source
@@ -329,6 +329,6 @@ def _record(
         block_size=quantize.block_size,
         exclude=quantize.exclude,
         seed=seed,
-        settings=encode(config),
+        settings=msgspec.json.decode(msgspec.json.encode(config)),  # as it reads back
         **decided,
     )

@@ -31,7 +31,8 @@ def round_to_bits(weights: NDArray[Any], bits: int) -> NDArray[Any]:
     absmax = np.abs(values).max(axis=0, keepdims=True)
     step = np.where(absmax > 0, absmax / (2 ** (bits - 1) - 1 or 1), 1.0)
     rounded = np.round(values / step) * step
-    return (np.round(rounded) if weights.dtype == np.int8 else rounded).astype(weights.dtype)
+    damaged: NDArray[Any] = np.round(rounded) if weights.dtype == np.int8 else rounded
+    return damaged.astype(weights.dtype)
 
 
 def damage_graph(path: Path, bits: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -70,15 +71,16 @@ class Generator:
         for section, lines in bank.items():
             name, form = section.split()
             for line in lines:
-                # The cube root keeps a line of ten texts audible beside one of ten thousand.
-                weight = float(count_expansions(line, self.slots)) ** (1 / 3)
+                # The fourth root keeps a line of ten texts audible beside one of ten thousand.
+                weight = float(count_expansions(line, self.slots)) ** 0.25
                 groups.setdefault(name, []).append((line, form, weight))
         return groups
 
     def _draw(self, lines: list[tuple[str, str, float]]) -> str:
         line, form, _ = self.rng.choices(lines, [w for _, _, w in lines])[0]
         phrase = expand(line, self.slots, self.rng)
-        return style(self.rng.choice(self.templates[form]).replace("{x}", phrase), self.rng)
+        template = self.rng.choice(self.templates[form])
+        return style(template.replace("{x}", phrase).replace("{ing}", gerund(phrase)), self.rng)
 
     def prompt(self, harmful: bool) -> Prompt:
         """Draw one prompt."""
@@ -88,6 +90,18 @@ class Generator:
         kinds = sorted(KIND_WEIGHTS)
         kind = self.rng.choices(kinds, [KIND_WEIGHTS[k] for k in kinds])[0]
         return Prompt(self._draw(self.harmless[kind]), HARMLESS, "banks")
+
+
+def gerund(phrase: str) -> str:
+    """Return a verb phrase with its first word as a gerund: "stab a potato", "stabbing a potato"."""
+    verb, _, rest = phrase.partition(" ")
+    if re.fullmatch(r"[^aeiou]*[aeiou][bdgmnprt]", verb):
+        verb += verb[-1]  # one short syllable: stab, run, cut
+    elif verb.endswith("ie"):
+        verb = verb[:-2] + "y"
+    elif verb.endswith("e") and not verb.endswith(("ee", "ye")):
+        verb = verb[:-1]
+    return f"{verb}ing {rest}".rstrip()
 
 
 def style(text: str, rng: random.Random) -> str:
@@ -104,13 +118,13 @@ def style(text: str, rng: random.Random) -> str:
 
 
 def generate(count: int, seed: int, held_out: HeldOut) -> list[Prompt]:
-    """Return unique prompts, 45 % of them harmful, none near a held-out one."""
+    """Return unique prompts, 52 % of them harmful, none near a held-out one."""
     generator = Generator(seed)
     found: dict[str, Prompt] = {}
     tries = 0
     while len(found) < count and tries < count * 4:
         tries += 1
-        prompt = generator.prompt(harmful=generator.rng.random() < 0.45)
+        prompt = generator.prompt(harmful=generator.rng.random() < 0.52)
         key = prompt.text.lower().rstrip(".?! ")
         if key not in found and not held_out.near(prompt.text):
             found[key] = prompt

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reference import data, external, modeling
 from reference.batches import Batch, Encoder, encode_all, encode_pairs, groups
 
 STAGES = ("tokenizer", "base", "sft", "dpo", "reward")
 SAVE_SECONDS = 120.0
-Model = LlamaForCausalLM | LlamaForSequenceClassification
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Settings:
     batch: int = 96
     pair_batch: int = 32
     base_steps: int = 600
-    sft_steps: int = 1450
-    dpo_steps: int = 120
-    reward_steps: int = 160
+    sft_steps: int = 1900
+    dpo_steps: int = 100
+    reward_steps: int = 130
     base_rate: float = 2e-3
     sft_rate: float = 1e-3
     dpo_rate: float = 5e-5
@@ -109,7 +109,7 @@ def seed_everything(seed: int) -> None:
 def optimize(
     run: Run,
     stage: str,
-    model: Model,
+    model: nn.Module,
     steps: int,
     rate: float,
     loss_of: Callable[[int], torch.Tensor],
@@ -149,7 +149,7 @@ def optimize(
     return {"steps": steps, "wall_seconds": round(spent + time.monotonic() - started, 1), "losses": curve}
 
 
-def _optimizer(model: Model, rate: float, decay: float) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, rate: float, decay: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     grouped = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -164,7 +164,7 @@ def _schedule(step: int, steps: int) -> float:
 
 def _save_state(
     path: Path,
-    model: Model,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     seconds: float,

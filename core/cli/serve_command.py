@@ -54,7 +54,8 @@ def command(
 ) -> None:
     """Serve BUNDLE at /v1/chat/completions, /v1/models and /healthz.
 
-    Files and verdict are checked before anything is loaded.
+    Files and verdict are checked before anything is loaded. Answers are greedy, as the suite saw
+    them, unless a request sets a temperature.
     """
     opened = open_bundle(bundle)
     require_pass(opened, allow_unverified=serve_unverified_model)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from holdfast.cli.options import emit, json_option
-from holdfast.evals.suites import Listing, list_suites, load_builtin
+
+if TYPE_CHECKING:
+    from holdfast.evals.suites import Listing
 
 
 @click.command("suites")
 @json_option
 def command(as_json: bool) -> None:
     """List the alignment suites: built in, and readable from published files."""
+    from holdfast.evals.suites import list_suites
+
     rows = [_row(listing) for listing in list_suites()]
     lines = [
         f"{row['name']:<14}{row['items'] or '-':>6}  "
@@ -25,6 +29,8 @@ def command(as_json: bool) -> None:
 
 def _row(listing: Listing) -> dict[str, Any]:
     """One listing as JSON types; only built-in suites can be counted."""
+    from holdfast.evals.suites import load_builtin
+
     suite = None if listing.needs_path else load_builtin(listing.name)
     return {
         "name": listing.name,

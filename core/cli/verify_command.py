@@ -8,9 +8,7 @@ import click
 
 from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option, threads_option
 from holdfast.errors import ExitCode
-from holdfast.evals.report import render_html
 from holdfast.files import refuse_existing, write_text
-from holdfast.verification import verify_bundle
 
 
 @click.command("verify")
@@ -39,6 +37,9 @@ def command(
 
     The answers are compared, prompt by prompt, with the full-precision baseline in the bundle.
     """
+    from holdfast.evals.report import render_html
+    from holdfast.verification import verify_bundle
+
     if report is not None:
         refuse_existing(report, overwrite=overwrite)
     assessment = verify_bundle(bundle, threads=threads, margin_frac=margin)

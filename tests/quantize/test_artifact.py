@@ -59,7 +59,7 @@ def test_simulation_and_artifact_agree(
     plain = torch_logits(case.source, token_ids)
     with simulate(case.source.model, ranges, case.config):
         simulated = torch_logits(case.source, token_ids)
-    assert compare_logits(plain, simulated).max_abs > 10 * agreement.max_abs
+    assert compare_logits(plain, simulated).mean_abs > 10 * agreement.mean_abs
 
 
 def test_disagreement_is_an_error(cases: dict[str, Case], token_ids: Ids, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_calibration_for_other_settings_is_refused(
 
 
 def test_missing_and_broken_records_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no calibration.json"):
+    with pytest.raises(CalibrationError, match=r"holds no calibration\.json"):
         read_record(tmp_path)
     (tmp_path / CALIBRATION_FILE).write_text('{"method": 3}', encoding="utf-8")
     with pytest.raises(CalibrationError, match="not a calibration record"):
