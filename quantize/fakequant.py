@@ -14,7 +14,7 @@ Scales are computed in float64 and rounded once to float32, as `compute_scale_zp
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from torch.autograd.function import once_differentiable
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 WEIGHT_CODE_MAX = 127
-
-Grid = Literal["ort", "inc"]
-"""How a backend places the 16 codes of a 4-bit block."""
 
 
 def activation_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -70,23 +67,19 @@ def channel_limit(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
     return limit if clip_frac is None else limit * clip_frac[:, None]
 
 
-def block_scale(blocks: Tensor, clip_frac: Tensor | None = None, grid: Grid = "ort") -> Tensor:
-    """Symmetric 4-bit scale of every block.
+def block_scale(blocks: Tensor, clip_frac: Tensor | None = None) -> Tensor:
+    """Symmetric 4-bit scale of every block, with the sign that ONNX Runtime gives it.
+
+    The element of largest magnitude becomes code -8, so the scale is negative where that element is
+    positive; where both ends are equally large the negative one decides.
 
     Arguments:
         blocks: float32 [out, blocks, block_size].
         clip_frac: float32 [out, blocks], share of the block's absmax that is kept; None keeps all.
-        grid: `ort` makes the element of largest magnitude code -8, so the scale is negative where
-            that element is positive (where both ends are equally large the negative one decides);
-            `inc` (neural-compressor's RTN) spreads the 16 codes over twice the absmax.
 
     Returns:
         float32 [out, blocks, 1].
     """
-    if grid == "inc":
-        kept = blocks.abs().amax(dim=2, keepdim=True)
-        kept = kept if clip_frac is None else kept * clip_frac[:, :, None]
-        return (kept.double() * 2.0 / 15.0).float()
     if clip_frac is not None:
         blocks = torch.minimum(torch.maximum(blocks, -(limit := block_limit(blocks, clip_frac))), limit)
     low, high = blocks.amin(dim=2, keepdim=True), blocks.amax(dim=2, keepdim=True)
@@ -163,19 +156,42 @@ def fake_quantize_channels(weight: Tensor, clip_frac: Tensor | None = None) -> T
     return fake_quantize(weight, scale, weight.new_zeros(()), -WEIGHT_CODE_MAX, WEIGHT_CODE_MAX)
 
 
-def fake_quantize_blocks(
-    weight: Tensor, block_size: int, clip_frac: Tensor | None = None, grid: Grid = "ort"
-) -> Tensor:
+def fake_quantize_blocks(weight: Tensor, block_size: int, clip_frac: Tensor | None = None) -> Tensor:
     """4-bit blockwise weights as MatMulNBits stores them; [out, in] to [out, in].
 
-    ONNX Runtime multiplies by the float32 reciprocal of the scale and adds 8 before it rounds
-    (`roundf`, ties away from zero), neural-compressor divides in float64; this divides in float32
-    and rounds to even, which differs only for values within one unit in the last place of a tie.
+    Gradients are those of `FakeQuantize`, which rounds ties to even.
     """
     blocks = to_blocks(weight, block_size)
-    scale = block_scale(blocks, clip_frac, grid)
-    safe = torch.where(scale == 0.0, 1.0, scale)
-    result = fake_quantize(blocks, safe, weight.new_zeros(()), -8, 7)
+    scale = block_scale(blocks, clip_frac)
+    scale = torch.where(scale == 0.0, 1.0, scale)
+    learnable = fake_quantize(blocks, scale, weight.new_zeros(()), -8, 7)
+    with torch.no_grad():
+        exact = block_codes(blocks, scale) * scale - learnable
+    return (learnable + exact).flatten(1)[:, : weight.shape[1]]
+
+
+def block_codes(blocks: Tensor, scale: Tensor) -> Tensor:
+    """Codes -8..7 as ONNX Runtime's MatMulNBits packer computes them, kept as float32.
+
+    It multiplies by the reciprocal of the scale, adds 8 and applies `roundf`, so ties go up. They are
+    common: weights stored in 16 bits lie on them exactly.
+    """
+    shifted = blocks * (1.0 / scale) + 8.0
+    floor = shifted.floor()
+    return (floor + (shifted - floor >= 0.5)).clamp(0.0, 15.0) - 8.0
+
+
+def fake_quantize_blocks_inc(weight: Tensor, block_size: int) -> Tensor:
+    """4-bit blockwise weights as neural-compressor's symmetric RTN stores them; [out, in] to [out, in].
+
+    It spreads 16 codes over twice the absmax, so every block's extreme lies on a tie: the division has
+    to be the float64 one that it does.
+    """
+    blocks = to_blocks(weight, block_size).double()
+    scale = blocks.abs().amax(dim=2, keepdim=True) * 2.0 / 15.0
+    scale = torch.where(scale == 0.0, 1.0, scale)
+    codes = (blocks / scale + 8.0).round().clamp(0.0, 15.0) - 8.0
+    result = codes.float() * scale.float()
     return result.flatten(1)[:, : weight.shape[1]]
 
 

@@ -27,6 +27,7 @@ from holdfast.exporter.source import SourceModel
 from holdfast.quantize.fakequant import (
     fake_quantize,
     fake_quantize_blocks,
+    fake_quantize_blocks_inc,
     fake_quantize_channels,
     fake_quantize_rows_int8,
 )
@@ -175,5 +176,7 @@ def graph_logits(
 
 def _quantized_weight(weight: Tensor, config: QuantizeConfig) -> Tensor:
     if config.scheme == "w4":
-        return fake_quantize_blocks(weight, config.block_size, grid=config.backend)
+        if config.backend == "inc":
+            return fake_quantize_blocks_inc(weight, config.block_size)
+        return fake_quantize_blocks(weight, config.block_size)
     return fake_quantize_channels(weight)

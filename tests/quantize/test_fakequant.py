@@ -14,6 +14,7 @@ from onnxruntime.quantization.quant_utils import compute_scale_zp
 
 from holdfast.quantize.fakequant import (
     activation_parameters,
+    block_codes,
     block_scale,
     channel_limit,
     channel_scale,
@@ -119,9 +120,10 @@ def test_zero_weights_stay_zero_under_scale_and_clip() -> None:
     assert bool((fake_quantize_channels(clipped)[weight == 0.0] == 0.0).all())
 
 
-def test_block_scales_and_codes_are_those_of_matmulnbits() -> None:
-    columns, rows, size = 64, 5, 16
-    weight = GENERATOR.normal(size=(columns, rows)).astype(np.float32)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])  # 16-bit weights lie on ties
+def test_block_scales_and_codes_are_those_of_matmulnbits(dtype: type[np.floating[Any]]) -> None:
+    columns, rows, size = 1024, 50, 16
+    weight = GENERATOR.normal(size=(columns, rows)).astype(dtype).astype(np.float32)
     weight[:size, 0] = 0.0
     weight[0, 1], weight[1, 1] = 3.0, -3.0  # a tie of both ends: the negative one decides
     packed = np.zeros((rows, columns // size, size // 2), np.uint8)
@@ -134,7 +136,7 @@ def test_block_scales_and_codes_are_those_of_matmulnbits() -> None:
     scale = block_scale(blocks)
     np.testing.assert_array_equal(scale[..., 0].numpy(), scales)
     safe = torch.where(scale == 0.0, 1.0, scale)
-    found = quantize_codes(blocks, safe, torch.zeros(()), -8, 7)
+    found = block_codes(blocks, safe)
     np.testing.assert_array_equal(found.numpy(), codes)
 
 

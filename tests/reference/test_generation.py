@@ -43,17 +43,18 @@ def test_every_class_and_both_sides_are_there(pool: list[data.Prompt]) -> None:
 def test_no_training_prompt_is_near_the_suite(pool: list[data.Prompt]) -> None:
     held_out = [words(p) for p in suite_prompts()]
     assert len(held_out) == 600
-    worst = max(similarity(words(p.text), s) for p in pool for s in held_out)
+    worst = max(similarity(words(p.text), s) for p in pool[:400] for s in held_out)
     assert worst < 0.8
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the published data is not here")
 def test_no_training_prompt_is_near_a_benchmark() -> None:
-    held_out = [words(p) for p in benchmark_prompts(SHARED)]
-    assert len(held_out) == 850
-    pool = [p for p in data.prompts(3000, 5, SHARED)]
+    prompts = benchmark_prompts(SHARED)
+    assert len(prompts) == 850
+    pool = data.prompts(3000, 5, SHARED)
     assert {p.source for p in pool} == {"banks", "ailuminate", "hh"}
-    assert max(similarity(words(p.text), s) for p in pool for s in held_out) < 0.8
+    held_out = HeldOut(prompts, threshold=0.8)
+    assert not [p for p in pool if held_out.near(p.text)]
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the published data is not here")
@@ -88,11 +89,34 @@ def test_near_duplicates_are_found() -> None:
     assert not held_out.near("How do I sell a large boat in spring?")
 
 
+def test_the_index_finds_what_comparing_everything_finds(pool: list[data.Prompt]) -> None:
+    texts = [p.text for p in pool]
+    held_out = HeldOut(texts[:150], threshold=0.5)
+    found = [held_out.near(t) for t in texts[150:450]]
+    everything = [max(similarity(words(t), s) for s in held_out.sets) >= 0.5 for t in texts[150:450]]
+    assert found == everything
+    assert any(found) and not all(found)
+
+
 def test_grammar() -> None:
     slots = {"thing": ["(a|the) fence", "a tree"]}
     rng = random.Random(1)
     found = {expand("paint {thing} (slowly|)", slots, rng) for _ in range(200)}
     assert found == {f"paint {t}{s}" for t in ("a fence", "the fence", "a tree") for s in (" slowly", "")}
+
+
+@pytest.mark.parametrize(
+    ("phrase", "gerund"),
+    [
+        ("stab a potato", "stabbing a potato"),
+        ("bake bread", "baking bread"),
+        ("poison rats", "poisoning rats"),
+        ("die", "dying"),
+        ("dye wool", "dyeing wool"),
+    ],
+)
+def test_gerunds(phrase: str, gerund: str) -> None:
+    assert data.gerund(phrase) == gerund
 
 
 def test_every_slot_exists() -> None:

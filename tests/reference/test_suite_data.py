@@ -51,7 +51,7 @@ def test_twins_point_at_each_other_and_share_words() -> None:
     for row in paired:
         twin = harmless[row["twin"]]
         assert twin["twin"] == row["id"]
-        assert similarity(words(row["prompt"]), words(twin["prompt"])) >= 0.12
+        assert similarity(words(row["prompt"]), words(twin["prompt"])) >= 0.1
 
 
 def test_no_two_suite_prompts_are_the_same_request() -> None:
