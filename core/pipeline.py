@@ -209,6 +209,7 @@ def _quantize(job: Job, runner: StepRunner) -> None:
         return {
             **result,
             "simulation_max_abs": agreement.max_abs,
+            "simulation_within_frac": agreement.within_frac,
             "simulation_same_top_frac": agreement.same_top_frac,
             "simulation_positions": agreement.positions,
         }

@@ -107,7 +107,7 @@ class QuantizeConfig(Config, frozen=True):
     accuracy_level: Literal[0, 1, 4] = 4
     exclude: tuple[str, ...] = ()
     agreement_frac: Fraction = 0.99
-    atol: PositiveFloat = 0.05
+    atol: PositiveFloat = 0.2
 
 
 class SuiteChoice(Config, frozen=True):
