@@ -228,7 +228,7 @@ def damages(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     """Return damaged copies of the model by name."""
     found: dict[str, LlamaForCausalLM] = {}
     calibration = calibration_prompts()
-    for bits in (8, 6, 5, 4):
+    for bits in (8, 6, 5, 4, 3):
         found[f"activations A{bits}, static min-max"] = copy.deepcopy(model)
         quantize_activations(found[f"activations A{bits}, static min-max"], tokenizer, bits, calibration)
     for bits in (4, 3, 2):
