@@ -67,6 +67,7 @@ def _pruned(method: str, sparsity: float) -> Variant:
 DAMAGED = (
     *_activations(6),
     *_activations(4),
+    *_activations(3),
     *(_pruned(method, sparsity) for method in ("magnitude", "wanda") for sparsity in (0.5, 0.7)),
 )
 
