@@ -215,8 +215,8 @@ Flips against the aligned model in torch, prompt by prompt, and the gate's verdi
 
 Logits of the torch simulation against those of the artifact, on calibration prompts, at every position.
 At {agreement} % of the positions every logit has to be within {atol}, and at {agreement} % the next token
-has to be the same; otherwise the run stops. Most positions are equal to the bit; a value on a rounding tie can get the
-neighbouring code on one side.
+has to be the same; otherwise the run stops. Most positions are equal to the bit; a value on a rounding tie
+can get the neighbouring code on one side.
 
 {artifacts}
 
