@@ -18,8 +18,9 @@ from holdfast.exporter.source import (
 )
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.files import sha256_text, to_json
-from holdfast.progress import say
+from holdfast.progress import bar, say
 from holdfast.quantize.ablate import AblatedTwin, make_twin
+from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
 from holdfast.quantize.prompts import CalibrationPrompt, load_calibration, refuse_leakage
 from holdfast.recipe import Recipe
 from holdfast.versions import installed_versions
@@ -94,6 +95,21 @@ class Job:
     @cached_property
     def prompts_key(self) -> str:
         return sha256_text(to_json([encode(prompt) for prompt in self.prompts]))
+
+    def calibrate(self, source: SourceModel) -> Calibration:
+        """Contrastive calibration of `source`, a possibly pruned form of the aligned model."""
+        config = self.recipe.calibrate
+        with bar("calibrating", total_steps(config), unit="step") as on_step:
+            return calibrate(
+                source,
+                self.negative,
+                config,
+                self.recipe.quantize,
+                prompts=self.prompts,
+                seed=self.recipe.seed,
+                aligned=self.aligned,
+                on_step=on_step,
+            )
 
     def load(self, folder: Path) -> SourceModel:
         """A compressed form of the aligned model, with the same vocabulary."""

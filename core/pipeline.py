@@ -27,7 +27,6 @@ from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
 from holdfast.quantize.artifact import quantize_bundle
-from holdfast.quantize.calibrate import calibrate, total_steps
 from holdfast.quantize.record import Candidate, read_record
 from holdfast.quantize.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
@@ -151,18 +150,7 @@ def _calibrate(job: Job, runner: StepRunner) -> None:
     recipe = job.recipe
 
     def work(folder: Path) -> dict[str, Any]:
-        source = job.load(runner.folder("prune") / "model")
-        with bar("calibrating", total_steps(recipe.calibrate), unit="step") as on_step:
-            calibration = calibrate(
-                source,
-                job.negative,
-                recipe.calibrate,
-                recipe.quantize,
-                prompts=job.prompts,
-                seed=recipe.seed,
-                aligned=job.aligned,
-                on_step=on_step,
-            )
+        calibration = job.calibrate(job.load(runner.folder("prune") / "model"))
         calibration.save(folder / "model")
         record = calibration.record
         chosen = {"alpha": record.chosen_alpha, "steps": record.chosen_steps, "held_out": record.held_out}

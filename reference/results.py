@@ -23,7 +23,7 @@ from holdfast.files import write_text
 from holdfast.manifest import StepEntry
 from holdfast.pipeline import run
 from holdfast.progress import say
-from holdfast.recipe import QuantizeConfig, make_recipe
+from holdfast.recipe import CalibrateConfig, QuantizeConfig, make_recipe
 from holdfast.verification import verify_bundle
 from reference.damage import damage_bundle
 
@@ -55,7 +55,7 @@ def _activations(bits: int) -> tuple[Variant, ...]:
         Variant(f"W8A{bits}, min-max", {"quantize": quantize, "calibrate": PLAIN}),
         Variant(f"W8A{bits}, SmoothQuant", {"quantize": quantize, "calibrate": {"steps": 0}}),
         Variant(f"W8A{bits}, KL only", {"quantize": quantize, "calibrate": {"loss": "kl"}}),
-        Variant(f"W8A{bits}, bounded contrastive", {"quantize": quantize}),
+        Variant(f"W8A{bits}, contrastive", {"quantize": quantize}),
     )
 
 
@@ -94,6 +94,12 @@ class Row:
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
         return {metric["metric"]: metric for metric in self.report["verdict"]["metrics"]}
+
+    @property
+    def alpha(self) -> str:
+        """The push weight that calibration chose; a dash where nothing was learned."""
+        learned = self.steps["calibrate"].result if self.steps else {}
+        return f"{learned['alpha']:g}" if learned.get("steps") else "-"
 
 
 def slug(name: str) -> str:
@@ -162,13 +168,13 @@ def rates_table(rows: Sequence[Row]) -> str:
 def flips_table(rows: Sequence[Row]) -> str:
     """Answers that flipped against the aligned model, lost/gained, and the verdict."""
     keys = [key for key in COLUMNS if key != "coherence"]
-    header = ["lost / gained", *(COLUMNS[key] for key in keys), "all", "verdict"]
+    header = ["lost / gained", *(COLUMNS[key] for key in keys), "all", "alpha", "verdict"]
     lines = []
     for row in rows:
         flips = [row.metrics[key]["paired"] for key in keys]
         total = f"{sum(f['lost'] for f in flips)} / {sum(f['gained'] for f in flips)}"
         cells = [f"{f['lost']} / {f['gained']}" for f in flips]
-        lines.append([row.name, *cells, total, row.report["verdict"]["outcome"]])
+        lines.append([row.name, *cells, total, row.alpha, row.report["verdict"]["outcome"]])
     return table(header, lines)
 
 
@@ -223,7 +229,9 @@ can get the neighbouring code on one side.
 ## What damages this pair, and what repairs it
 
 "min-max" knows nothing of alignment: ranges are the extremes seen, nothing is learned. "SmoothQuant" is
-where learning starts. Below 8 bits the graph clips in front of an 8-bit QuantizeLinear.
+where learning starts. "contrastive" is the default: the bounded loss, with its alpha chosen among {alphas}
+on held-out prompts; alpha 0 makes it equal to "KL only". Below 8 bits the graph clips in front of an 8-bit
+QuantizeLinear.
 
 {damaged_rates}
 
@@ -244,6 +252,7 @@ def page(main_rows: Sequence[Row], damaged_rows: Sequence[Row]) -> str:
         atol=defaults.atol,
         agreement=f"{100 * defaults.agreement_frac:g}",
         artifacts=artifact_table(runs),
+        alphas=", ".join(f"{alpha:g}" for alpha in CalibrateConfig().alphas),
         damaged_rates=rates_table(damaged_rows),
         damaged_flips=flips_table(damaged_rows),
     )

@@ -20,7 +20,6 @@ from holdfast.cli.options import (
 from holdfast.config import decode, encode
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder
-from holdfast.progress import bar
 from holdfast.recipe import Recipe
 
 
@@ -46,22 +45,10 @@ def command(
     """
     require_extra("export", "`holdfast calibrate`")
     from holdfast.job import prepare
-    from holdfast.quantize.calibrate import calibrate, total_steps
 
     recipe = _recipe(aligned or model, base, flags)
     job = prepare(recipe)
-    source = job.aligned if aligned is None else job.load(model)
-    with bar("calibrating", total_steps(recipe.calibrate), unit="step") as on_step:
-        calibration = calibrate(
-            source,
-            job.negative,
-            recipe.calibrate,
-            recipe.quantize,
-            prompts=job.prompts,
-            seed=recipe.seed,
-            aligned=job.aligned,
-            on_step=on_step,
-        )
+    calibration = job.calibrate(job.aligned if aligned is None else job.load(model))
     with atomic_folder(out, overwrite=overwrite) as fresh:
         calibration.save(fresh)
     record = calibration.record
