@@ -3,7 +3,6 @@
 import errno
 import filecmp
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -125,15 +124,16 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 
 def test_a_real_sigint_ends_with_130_and_no_traceback(tiny_pair: Pair, tmp_path: Path) -> None:
     recipe, out = write_recipe(tmp_path / "r.yaml", tiny_pair), tmp_path / "bundle"
-    code = "import sys; from holdfast.cli import main; main()"
+    code = (  # a shell that runs the tests in the background has its children ignore SIGINT
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from holdfast.cli import main; main()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "run", str(recipe), "--out", str(out)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).resolve().parents[2],
-        # a shell that runs the tests in the background has its children ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "bundle.work" / "baseline").exists():
