@@ -122,6 +122,14 @@ def test_the_bundle_opens_in_optimum(bundle: Path) -> None:
     assert output[0, len(ids) :].tolist()[: len(ours)] == ours
 
 
+def test_a_twin_whose_refusals_did_not_fall_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    """The pair's refusal is not one direction of the residual stream: no twin, no run, one sentence."""
+    out = tmp_path / "bundle"
+    assert run_cli(["run", str(ROOT / "reference" / "aligned"), "--out", str(out)]) == 1
+    assert "No ablated direction brings the refusal rate" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.fixture
 def server(bundle: Path) -> Iterator[str]:
     """`holdfast serve` in a process of its own; yields its base URL."""
