@@ -148,7 +148,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def percent(rate: dict[str, Any]) -> str:
     """A rate with its 95 % interval."""
-    return f"{100 * rate['frac']:.1f} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+    return f"{100 * rate['frac']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def rates_table(rows: Sequence[Row]) -> str:
