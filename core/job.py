@@ -56,7 +56,7 @@ class Job:
     def twin(self) -> AblatedTwin:
         """The aligned model without its refusal direction; only ever in memory."""
         say("      ablating the refusal direction")
-        return make_twin(self.aligned, self.prompts, seed=self.recipe.seed)
+        return make_twin(self.aligned, self.prompts)
 
     @property
     def negative(self) -> Any:

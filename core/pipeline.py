@@ -123,12 +123,12 @@ def _reference_export(job: Job, runner: StepRunner) -> None:
     """The aligned model as an fp32 graph, and its answers: the noise floor of the comparison."""
 
     def work(folder: Path) -> dict[str, Any]:
-        report = export_model(job.aligned.folder, _made(folder / "onnx"), job.recipe.export)
+        report = _export_to(job, job.aligned.folder, folder / "onnx")
         model = _artifact(job, folder / "onnx", "aligned (ONNX fp32)")
         save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / "answers")
         return _export_result(report)
 
-    runner.run("reference-export", encode(job.recipe.export), [runner.key("baseline")], work)
+    runner.run("reference-export", _export_settings(job), [runner.key("baseline")], work)
 
 
 def _prune(job: Job, runner: StepRunner) -> None:
@@ -170,9 +170,9 @@ def _calibrate(job: Job, runner: StepRunner) -> None:
 def _export(job: Job, runner: StepRunner) -> None:
     def work(folder: Path) -> dict[str, Any]:
         model = runner.folder("calibrate") / "model"
-        return _export_result(export_model(model, _made(folder / "onnx"), job.recipe.export))
+        return _export_result(_export_to(job, model, folder / "onnx"))
 
-    runner.run("export", encode(job.recipe.export), [runner.key("calibrate")], work)
+    runner.run("export", _export_settings(job), [runner.key("calibrate")], work)
 
 
 def _quantize(job: Job, runner: StepRunner) -> None:
@@ -232,6 +232,14 @@ def _artifact(job: Job, folder: Path, name: str) -> OnnxLanguageModel:
     """An ONNX folder in the runtime, as the device would open it."""
     batch_size = job.recipe.evaluate.batch_size
     return OnnxLanguageModel.open(folder, threads=job.recipe.threads, name=name, batch_size=batch_size)
+
+
+def _export_settings(job: Job) -> dict[str, Any]:
+    return encode(job.recipe.export) | {"seed": job.recipe.seed}
+
+
+def _export_to(job: Job, model: Path, folder: Path) -> ExportReport:
+    return export_model(model, _made(folder), job.recipe.export, seed=job.recipe.seed)
 
 
 def _export_result(report: ExportReport) -> dict[str, Any]:

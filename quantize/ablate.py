@@ -77,19 +77,17 @@ class AblatedTwin:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
 
 
-def make_twin(aligned: SourceModel, prompts: Sequence[CalibrationPrompt], *, seed: int) -> AblatedTwin:
+def make_twin(aligned: SourceModel, prompts: Sequence[CalibrationPrompt]) -> AblatedTwin:
     """Ablate the refusal direction that lowers refusals most, with KL on harmless prompts <= 0.1.
 
     Directions are measured on one half of the prompts and chosen on the other.
 
     Arguments:
-        prompts: calibration prompts; all three kinds.
-        seed: unused where the prompts are in a seeded order already; kept for the record.
+        prompts: calibration prompts of all three kinds, in the seeded order of `load_calibration`.
 
     Raises:
         CalibrationError: the aligned model hardly refuses, or no direction makes it stop.
     """
-    del seed  # `load_calibration` has shuffled, and nothing else is random here
     harmful = _encoded(aligned, prompts, "harmful")
     harmless = _encoded(aligned, prompts, "neutral") + _encoded(aligned, prompts, "borderline")
     neutral = _encoded(aligned, prompts, "neutral")

@@ -83,7 +83,10 @@ def run_cli(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort, InterruptedRun) as error:
-        return _fail(str(error) or "Interrupted: nothing was left half-written.", ExitCode.INTERRUPTED)
+        return _fail(
+            str(error) or "Interrupted: nothing was left half-written; run the same command again.",
+            ExitCode.INTERRUPTED,
+        )
     except HoldfastError as error:
         if debug:
             raise

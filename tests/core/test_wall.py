@@ -21,7 +21,9 @@ DEVICE_MODULES = (
     "holdfast.evals.suites",
     "holdfast.runtime.bench",
     "holdfast.runtime.generate",
+    "holdfast.runtime.server",
     "holdfast.runtime.session",
+    "holdfast.verification",
 )
 BLOCK = """
 import importlib, sys

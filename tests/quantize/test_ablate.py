@@ -55,7 +55,7 @@ def test_shared_suffix_by_hand() -> None:
 
 def test_model_that_does_not_refuse_has_no_direction(aligned: SourceModel, prompts: Prompts) -> None:
     with pytest.raises(CalibrationError, match="refuses 0% of the harmful calibration prompts"):
-        ablate.make_twin(aligned, prompts, seed=0)
+        ablate.make_twin(aligned, prompts)
 
 
 def test_twin_whose_refusals_did_not_fall_is_refused(
@@ -64,7 +64,7 @@ def test_twin_whose_refusals_did_not_fall_is_refused(
     monkeypatch.setattr(ablate, "LARGEST_KL_NATS", 1e9)
     labels += [0.9] + [0.8] * 50
     with pytest.raises(CalibrationError, match=r"of 90% down by half \(the best left 80%\)"):
-        ablate.make_twin(aligned, prompts, seed=0)
+        ablate.make_twin(aligned, prompts)
 
 
 def test_twin_that_strays_is_refused(
@@ -73,7 +73,7 @@ def test_twin_that_strays_is_refused(
     monkeypatch.setattr(ablate, "LARGEST_KL_NATS", 0.0)
     labels += [0.9] + [0.0] * 50
     with pytest.raises(CalibrationError, match="none stayed near the model"):
-        ablate.make_twin(aligned, prompts, seed=0)
+        ablate.make_twin(aligned, prompts)
 
 
 def test_best_twin_is_returned_and_the_source_left_alone(
@@ -82,7 +82,7 @@ def test_best_twin_is_returned_and_the_source_left_alone(
     monkeypatch.setattr(ablate, "LARGEST_KL_NATS", 1e9)
     before = {k: v.clone() for k, v in aligned.model.state_dict().items()}
     labels += [0.9, 0.3] + [0.5] * 50
-    twin = ablate.make_twin(aligned, prompts, seed=0)
+    twin = ablate.make_twin(aligned, prompts)
     assert (twin.refusal_rate_before, twin.refusal_rate_after) == (0.9, 0.3)
     assert "model" not in twin.record()
     assert twin.record()["prompts"] == 4
