@@ -6,7 +6,7 @@ DATA ?= ../shared/data
 SOURCES := $(shell find core evals exporter prune quantize runtime -name '*.py')
 PACKAGES := core evals exporter prune quantize runtime reference tests
 
-.PHONY: help run test lint types unit format reference results clean
+.PHONY: help run test lint types unit format web reference results clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ unit: $(VENV)/.dev  ## pytest
 format: $(VENV)/.dev  ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+web:  ## install onnxruntime-web for its tests (needs node)
+	cd tests/exporter/web && npm ci
 
 reference: $(VENV)/.dev  ## train the reference pair again (about an hour on 2 cores)
 	$(BIN)/python -m reference.train all --data-dir $(DATA) --out reference

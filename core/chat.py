@@ -75,7 +75,7 @@ class ChatTokenizer:
         Raises:
             TokenizerError: a file is missing or malformed, or there is no chat template.
         """
-        tokenizer = _read_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         settings = _read_json(folder / "tokenizer_config.json")
         special = {name: text for name in SPECIAL_TOKENS if (text := _token_text(settings.get(name)))}
         eos_ids = _eos_ids(folder, tokenizer, special)
@@ -155,7 +155,12 @@ class ChatTokenizer:
         return sha256_text(to_json(parts))
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The `tokenizers` object in `folder`/tokenizer.json.
+
+    Raises:
+        TokenizerError: missing or malformed.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(

@@ -8,7 +8,8 @@ from holdfast.errors import MissingExtraError
 
 # extra -> import names whose presence means that the extra is installed
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "export": ("torch", "transformers", "optimum", "onnx", "safetensors"),
+    "export": ("torch", "transformers", "optimum", "onnx", "onnxscript", "safetensors"),
+    "adapters": ("peft",),
     "inc": ("neural_compressor", "six", "pkg_resources"),
     "serve": ("starlette", "uvicorn"),
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from holdfast.config import encode
 from holdfast.evals.suites import Suite, load_suites
+from holdfast.exporter.hub import resolve_source
 from holdfast.exporter.source import (
     SourceModel,
     check_same_vocabulary,
@@ -43,14 +44,17 @@ class Job:
 
     @cached_property
     def aligned(self) -> SourceModel:
-        return load_source(Path(self.recipe.model), role="aligned model")
+        found = resolve_source(self.recipe.model, self.recipe.revision, role="aligned model")
+        return load_source(found, role="aligned model")
 
     @cached_property
     def base(self) -> SourceModel | None:
         """The base checkpoint, or None where a twin is to be ablated."""
         if self.recipe.base == ABLATE:
             return None
-        return load_base(Path(self.recipe.base), self.aligned)
+        return load_base(
+            resolve_source(self.recipe.base, self.recipe.base_revision, role="base model"), self.aligned
+        )
 
     @cached_property
     def twin(self) -> AblatedTwin:
@@ -132,6 +136,6 @@ def prepare(recipe: Recipe) -> Job:
     prompts = load_calibration(recipe.calibrate.data, recipe.calibrate.samples, recipe.seed)
     refuse_leakage(prompts, [item.prompt for suite in suites for item in suite.items])
     job = Job(recipe, suites, prompts)
-    job.digests["model"] = source_digests(job.aligned.folder)
-    job.digests["base"] = source_digests(job.base.folder) if job.base else job.digests["model"]
+    job.digests["model"] = source_digests(job.aligned)
+    job.digests["base"] = source_digests(job.base) if job.base else job.digests["model"]
     return job

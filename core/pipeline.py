@@ -20,7 +20,7 @@ from holdfast.assemble import write_bundle
 from holdfast.bundle import ALIGNED, REPORT_HTML, TWIN
 from holdfast.config import encode
 from holdfast.exporter.architectures import block_paths
-from holdfast.exporter.export import ExportReport, export_model
+from holdfast.exporter.export import ExportReport, export_model, export_source
 from holdfast.exporter.source import save_source
 from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.job import Job, prepare
@@ -123,7 +123,9 @@ def _reference_export(job: Job, runner: StepRunner) -> None:
     """The aligned model as an fp32 graph, and its answers: the noise floor of the comparison."""
 
     def work(folder: Path) -> dict[str, Any]:
-        report = _export_to(job, job.aligned.folder, folder / "onnx")
+        report = export_source(
+            job.aligned, _made(folder / "onnx"), job.recipe.export, seed=job.recipe.seed
+        )
         model = _artifact(job, folder / "onnx", "aligned (ONNX fp32)")
         save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / "answers")
         return _export_result(report)
@@ -244,6 +246,9 @@ def _export_to(job: Job, model: Path, folder: Path) -> ExportReport:
 
 def _export_result(report: ExportReport) -> dict[str, Any]:
     return {
+        "target": report.target,
+        "graph": report.graph.form,
+        "why_plain": report.graph.why_plain,
         "opset": report.opset,
         "graph_bytes": report.graph_bytes,
         "parity_max_abs": report.parity.max_abs,

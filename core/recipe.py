@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from msgspec import Meta
@@ -16,6 +17,10 @@ OpenFraction = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0.0)]
+
+
+TargetName = Literal["cpu-x86", "cpu-arm64", "web", "mobile", "portable"]
+TARGETS: tuple[str, ...] = get_args(TargetName)
 
 
 class PruneConfig(Config, frozen=True):
@@ -73,14 +78,17 @@ class CalibrateConfig(Config, frozen=True):
 
 
 class ExportConfig(Config, frozen=True):
-    """Export through Optimum.
+    """Export to ONNX.
 
     Attributes:
-        opset: ONNX opset of the graph.
+        target: where the graph is to run. `portable` uses ONNX's own operators alone; the others
+            have attention as one operator, where the architecture allows it.
+        opset: ONNX opset of the graph; None leaves it to the target.
         atol: largest absolute difference of logits between torch and the fp32 graph that passes.
     """
 
-    opset: Annotated[int, Meta(ge=14, le=21)] = 17
+    target: TargetName = "cpu-x86"
+    opset: Annotated[int, Meta(ge=14, le=21)] | None = None
     atol: PositiveFloat = 1e-3
 
 
@@ -153,8 +161,9 @@ class Recipe(Config, frozen=True):
     """A whole run.
 
     Attributes:
-        model: folder of the aligned model.
-        base: folder of its unaligned parent, or `ablate` to make a twin in memory.
+        model: folder of the aligned model, or its hub name.
+        base: folder or hub name of its unaligned parent, or `ablate` to make a twin in memory.
+        revision, base_revision: commit, tag or branch of a hub name; the commit that was used is recorded.
         version: of this format.
         seed: seeds every random choice; recorded in the bundle.
         threads: intra-op threads of torch and ONNX Runtime; 0 leaves the choice to them.
@@ -162,6 +171,8 @@ class Recipe(Config, frozen=True):
 
     model: str
     base: str = "ablate"
+    revision: str | None = None
+    base_revision: str | None = None
     version: Literal[1] = 1
     seed: NotNegative = 0
     threads: NotNegative = 0
@@ -209,12 +220,23 @@ def recipe_yaml(recipe: Recipe) -> str:
     return text
 
 
+def anchored(model: str, folder: Path) -> str:
+    """A model as the recipe keeps it: absolute if it is a path, as it is if it is a hub name or `ablate`.
+
+    A path that exists is a path. What does not exist is taken for a hub name only if it looks like one:
+    `owner/name`, or a bare name.
+    """
+    path = folder / model
+    looks_like_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is not None
+    return model if looks_like_name and not path.exists() else str(path.resolve())
+
+
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make the recipe's relative paths relative to its own folder."""
     for key in ("model", "base"):
         value = data.get(key)
-        if isinstance(value, str) and value != "ablate":
-            data[key] = str((folder / value).resolve())
+        if isinstance(value, str):
+            data[key] = anchored(value, folder)
     calibrate = data.get("calibrate")
     prompts = calibrate.get("data") if isinstance(calibrate, dict) else None
     if isinstance(prompts, str) and prompts != "builtin":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def keep_logits(model: Any, count: int) -> dict[str, int]:
+    """`logits_to_keep` for a forward that knows it; OPT and GPT-Neo give all logits: slice the result."""
+    known = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return {"logits_to_keep": count} if known else {}
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -1,34 +1,42 @@
-"""A model folder to an ONNX folder through Optimum: one graph with a KV cache, checked on torch."""
+"""A model folder to an ONNX folder for one target: one graph with a KV cache, checked on torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import onnx
-import torch
-from optimum.exporters.onnx import onnx_export_from_model
+import onnx_ir as ir
 
 from holdfast.chat import ChatTokenizer
 from holdfast.errors import ExportError
-from holdfast.exporter.architectures import head_is_tied, linear_modules, row_of
-from holdfast.exporter.graph import GraphLinear, map_linears, name_weights
-from holdfast.exporter.parity import Agreement, graph_agreement, require_agreement
+from holdfast.exporter.architectures import head_is_tied, row_of, why_unfused
+from holdfast.exporter.fused import PassReport, fused_graph
+from holdfast.exporter.genai import write_genai_config
+from holdfast.exporter.graph import GraphLinear
+from holdfast.exporter.operators import require_operators
+from holdfast.exporter.ort_format import write_ort_format
+from holdfast.exporter.parity import Agreement
+from holdfast.exporter.plain import write_plain
+from holdfast.exporter.proof import Proof, proof_lines, proof_prompts, prove, read_proof
 from holdfast.exporter.quiet import quiet
 from holdfast.exporter.source import SourceModel, copy_tokenizer_files, load_source
+from holdfast.exporter.targets import Target, lookup_target
+from holdfast.exporter.tracing import pluggable
 from holdfast.files import disk_errors, write_json
 from holdfast.recipe import ExportConfig
 
 GRAPH = "model.onnx"
 EXTERNAL = "model.onnx_data"
 REPORT = "export.json"
-TASK = "text-generation-with-past"
-VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+LARGEST_INLINE_BYTES = 1 << 30  # weights beyond it go into a file of their own; protobuf ends at 2 GB
+FUSED_OPSET = 18  # the oldest that torch's tracing of today writes
+VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 # Rotary embeddings whose frequencies depend on the length of the input: tracing freezes one length.
 UNTRACEABLE_ROPE = ("dynamic", "longrope")
 
@@ -37,27 +45,56 @@ OnStage = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class GraphForm:
+    """How the graph was made.
+
+    Attributes:
+        form: `fused` (attention is one operator) or `plain` (Optimum's graph).
+        why_plain: why it is not fused; None where it is.
+        passes: what each rewrite pass did, in order; empty for a plain graph.
+    """
+
+    form: Literal["fused", "plain"]
+    why_plain: str | None
+    passes: tuple[PassReport, ...]
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What was exported; `export.json` holds the same.
 
     Attributes:
+        name, revision: hub name and commit of the model; None for a local folder.
         modules: module path -> where the linear layer is in the graph; blocks in order, head last.
         embedding: initializer of the token embedding, read by a Gather.
         tied: whether head and embedding were one parameter in torch. The graph always holds two
             initializers, so that the head can be quantized while the embedding stays as it is.
-        parity: the graph against torch, prefill and cached steps.
+        proof: the graph against torch, and against itself.
     """
 
     architecture: str
+    name: str | None
+    revision: str | None
+    target: str
+    graph: GraphForm
     opset: int
     graph_bytes: int
     modules: dict[str, GraphLinear]
     embedding: str
     tied: bool
-    parity: Agreement
-    atol: float
-    seed: int
+    proof: Proof
     versions: dict[str, str]
+
+    @property
+    def parity(self) -> Agreement:
+        """The graph against torch on real prompts, position by position."""
+        figures = next(check.figures for check in self.proof.checks if check.name == "prefill")
+        return Agreement(
+            max_abs=figures["max_abs"],
+            mean_abs=figures["mean_abs"],
+            same_top_frac=figures["same_top_frac"],
+            positions=int(figures["positions"]),
+        )
 
 
 def export_model(
@@ -71,17 +108,18 @@ def export_model(
     """Export a model folder to ONNX.
 
     Writes model.onnx (and model.onnx_data beyond 2 GB), config.json, the tokenizer files byte for
-    byte, and export.json. The same model gives the same graph, byte for byte, every time.
+    byte, genai_config.json for onnxruntime-genai, for `mobile` model.ort with the operators it needs, and
+    export.json. The same model gives the same graph, byte for byte, every time.
 
     Arguments:
         source: a Hugging Face folder; see `load_source`.
         out: an existing, empty folder.
-        seed: draws the token ids of the parity check.
+        seed: draws what the proof writes into padding.
 
     Raises:
         InputError: the source cannot be used; see `load_source`.
-        ExportError: Optimum fails, or the graph is not the model.
-        ParityError: the logits differ by more than `config.atol`.
+        ExportError: the model cannot be traced, the graph is not the model, or the target lacks an operator.
+        ParityError: a check of the proof failed; see `prove`.
         DiskFullError: no space left.
     """
     return export_source(load_source(source), out, config, seed=seed, on_stage=on_stage)
@@ -97,19 +135,62 @@ def export_source(
 ) -> ExportReport:
     """`export_model` for a model that is already loaded; its weights are left as they are."""
     stage = on_stage or _ignore
-    _check_request(source, out)
+    require_empty(out)
+    refuse_rope(source.model.config, source.folder)
     stage("tracing")
-    _trace(source, out, config.opset)
-    stage("checking the weights")
-    modules = _settle_graph(source, out)
+    target = lookup_target(config.target)
+    opset = config.opset or target.opset
+    form, modules = _write_graph(source, out, target, opset)
+    require_operators(onnx.load(out / GRAPH, load_external_data=False), target.operators)
     copy_tokenizer_files(source.folder, out)
     _check_tokenizer(source, out)
     stage("comparing with torch")
-    agreement = graph_agreement(out / GRAPH, source, seed=seed)
-    require_agreement(agreement, what="The graph and the torch model", atol=config.atol)
-    report = _report(source, out, config, modules, agreement, seed)
+    proof = prove(
+        out / GRAPH, source, proof_prompts(source, seed), atol=config.atol, seed=seed, linears=modules
+    )
+    report = ExportReport(
+        architecture=source.architecture,
+        **_origin(source),
+        target=target.name,
+        graph=form,
+        opset=opset,
+        graph_bytes=graph_bytes(out),
+        modules=modules,
+        embedding=f"{row_of(source.model).embedding}.weight",
+        tied=head_is_tied(source.model),
+        proof=proof,
+        versions={name: importlib.metadata.version(name) for name in VERSIONED},
+    )
     write_json(out / REPORT, dataclasses.asdict(report))
+    write_genai_config(out, shared_cache=form.form == "fused")
+    if target.ort_format:
+        stage("writing ORT format")
+        write_ort_format(out, atol=config.atol, seed=seed)
     return report
+
+
+def report_lines(report: ExportReport) -> list[str]:
+    """The report for a person."""
+    form = report.graph
+    why = "" if form.why_plain is None else f" ({form.why_plain})"
+    lines = [
+        f"{report.architecture} for {report.target}: {form.form} graph{why}, opset {report.opset}, "
+        f"{report.graph_bytes:,} bytes"
+    ]
+    lines += [f"  {step.name}: {step.rewrites} rewritten{_left(step)}" for step in form.passes]
+    prompts = len(report.proof.prompt_tokens)
+    lines.append(f"against torch and itself, {prompts} prompts:")
+    return lines + [f"  {line}" for line in proof_lines(report.proof)]
+
+
+def _left(step: PassReport) -> str:
+    return f", {step.left} left ({step.why})" if step.left else ""
+
+
+def graph_bytes(folder: Path) -> int:
+    """Size of the graph and its external data."""
+    files = (folder / GRAPH, folder / EXTERNAL)
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def read_export(folder: Path) -> ExportReport:
@@ -119,84 +200,86 @@ def read_export(folder: Path) -> ExportReport:
         ExportError: there is none, or it is not one that `export_model` wrote.
     """
     path = folder / REPORT
+    if not path.is_file():
+        raise ExportError(f"Expected the {REPORT} that `holdfast export` writes in {folder}, found none.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        data["modules"] = {
-            name: GraphLinear(**{**entry, "shape": tuple(entry["shape"])})
-            for name, entry in data["modules"].items()
-        }
-        data["parity"] = Agreement(**data["parity"])
+        data["modules"] = {name: _linear(entry) for name, entry in data["modules"].items()}
+        data["proof"] = read_proof(data["proof"])
+        passes = tuple(PassReport(**entry) for entry in data["graph"].pop("passes"))
+        data["graph"] = GraphForm(**data["graph"], passes=passes)
         return ExportReport(**data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(
-            f"Expected the {REPORT} that `holdfast export` writes in {folder} ({error!r}): "
-            "export the model again."
+            f"{path} is not one that this version of `holdfast export` wrote: export the model again."
         ) from error
+
+
+def _linear(entry: dict[str, Any]) -> GraphLinear:
+    columns = entry.pop("columns")
+    shape = tuple(entry.pop("shape"))
+    return GraphLinear(**entry, shape=shape, columns=None if columns is None else tuple(columns))
+
+
+def _write_graph(
+    source: SourceModel, out: Path, target: Target, opset: int
+) -> tuple[GraphForm, dict[str, GraphLinear]]:
+    why_plain = _why_plain(source, target)
+    if why_plain is not None:
+        return GraphForm("plain", why_plain, ()), write_plain(source, out / GRAPH, opset=opset)
+    if opset < FUSED_OPSET:
+        raise ExportError(
+            f"The target {target.name} needs opset {FUSED_OPSET} or newer, found {opset}: leave the opset to the "
+            "target, or export with `--target portable`."
+        )
+    graph = fused_graph(source.model, opset=opset, positions=source.model.config.max_position_embeddings)
+    save_graph(graph.model, out)
+    with quiet(), disk_errors(out):
+        source.model.config.save_pretrained(out)
+    return GraphForm("fused", None, graph.passes), graph.modules
+
+
+def _why_plain(source: SourceModel, target: Target) -> str | None:
+    if not target.fused:
+        return f"the target {target.name} takes ONNX's own operators alone"
+    if not pluggable(source.model):
+        return f"{source.architecture} does not call its attention through transformers' interface"
+    return why_unfused(source.model)
+
+
+def save_graph(model: ir.Model, out: Path) -> None:
+    """Write model.onnx, its weights once and one at a time; beyond 1 GiB into a file beside it."""
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_INLINE_BYTES
+    with disk_errors(out):
+        ir.save(model, out / GRAPH, external_data=EXTERNAL if large else None)
+
+
+def _origin(source: SourceModel) -> dict[str, str | None]:
+    """Hub name and commit; a local path says nothing to another machine."""
+    first = source.origins[0] if source.origins else None
+    known = first is not None and first.revision is not None
+    return {"name": first.name if known else None, "revision": first.revision if known else None}
 
 
 def _ignore(stage: str) -> None:
     """No progress line is wanted."""
 
 
-def _check_request(source: SourceModel, out: Path) -> None:
+def require_empty(out: Path) -> None:
+    """Raise ExportError unless `out` is an existing, empty folder."""
     if not out.is_dir() or any(out.iterdir()):
         raise ExportError(f"Expected an existing, empty folder to export into, found {out}.")
-    scaling = getattr(source.model.config, "rope_scaling", None) or {}
+
+
+def refuse_rope(config: Any, folder: Path) -> None:
+    """Raise ExportError where the rotary embedding of a config changes with the input's length."""
+    scaling = getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind in UNTRACEABLE_ROPE:
         raise ExportError(
-            f"The model in {source.folder} scales its rotary embedding by `{kind}`, which depends "
+            f"The model in {folder} scales its rotary embedding by `{kind}`, which depends "
             "on the input's length and cannot be traced: use a checkpoint with a fixed scaling."
         )
-
-
-def _trace(source: SourceModel, out: Path, opset: int) -> None:
-    """Optimum's export of the loaded model, without its post-processing.
-
-    The post-processing would merge head and embedding where `accelerate` is installed and
-    leave them apart elsewhere; without it the graph is the same everywhere.
-    """
-    name = source.model.config._name_or_path
-    with tempfile.TemporaryDirectory() as nothing, disk_errors(out), torch.random.fork_rng([]):
-        source.model.config._name_or_path = nothing  # no tokenizer there to load and rewrite
-        try:
-            with quiet():
-                onnx_export_from_model(
-                    model=source.model,
-                    output=out,
-                    task=TASK,
-                    opset=opset,
-                    do_validation=False,
-                    no_post_process=True,
-                )
-        except OSError:
-            raise
-        except Exception as error:  # torch and Optimum raise whatever the tracing ran into
-            reason = str(error).strip().splitlines()
-            raise ExportError(
-                f"Optimum could not export the {source.architecture} at opset {opset} "
-                f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
-            ) from error
-        finally:
-            source.model.config._name_or_path = name
-
-
-def _settle_graph(source: SourceModel, out: Path) -> dict[str, GraphLinear]:
-    """Name the weights, prove them, and write the graph back; external data stays where it is."""
-    linears = linear_modules(source.model)
-    model = onnx.load(out / GRAPH, load_external_data=False)
-    name_weights(model.graph, list(linears))
-    modules = map_linears(model.graph, linears, out)
-    embedding = _embedding_name(source)
-    if embedding not in {tensor.name for tensor in model.graph.initializer}:
-        raise ExportError(f"The graph has no initializer `{embedding}` for the token embedding.")
-    with disk_errors(out):
-        onnx.save(model, out / GRAPH)
-    return modules
-
-
-def _embedding_name(source: SourceModel) -> str:
-    return f"{row_of(source.model).embedding}.weight"
 
 
 def _check_tokenizer(source: SourceModel, out: Path) -> None:
@@ -206,26 +289,3 @@ def _check_tokenizer(source: SourceModel, out: Path) -> None:
             f"The exported tokenizer differs from the one in {source.folder}: "
             "add `eos_token_id` to its generation_config.json."
         )
-
-
-def _report(
-    source: SourceModel,
-    out: Path,
-    config: ExportConfig,
-    modules: dict[str, GraphLinear],
-    parity: Agreement,
-    seed: int,
-) -> ExportReport:
-    files = [path for path in (out / GRAPH, out / EXTERNAL) if path.is_file()]
-    return ExportReport(
-        architecture=source.architecture,
-        opset=config.opset,
-        graph_bytes=sum(path.stat().st_size for path in files),
-        modules=modules,
-        embedding=_embedding_name(source),
-        tied=head_is_tied(source.model),
-        parity=parity,
-        atol=config.atol,
-        seed=seed,
-        versions={name: importlib.metadata.version(name) for name in VERSIONED},
-    )

@@ -27,6 +27,8 @@ class GraphLinear:
         bias: initializer added next, or None.
         transposed: whether the initializer is the transpose of torch's `weight`, [in, out].
         shape: shape of the initializer.
+        columns: (first, after the last) column of the initializer that is this layer's, where several
+            layers that read one input are packed into one MatMul; None where it has all of them.
     """
 
     node: str
@@ -36,11 +38,24 @@ class GraphLinear:
     bias: str | None
     transposed: bool
     shape: tuple[int, ...]
+    columns: tuple[int, int] | None = None
 
 
 def node_name(path: str) -> str:
     """Graph scope of a module, for example `/model/layers.0/mlp/up_proj`."""
     return "/" + re.sub(r"\.(?!\d)", "/", path)
+
+
+def restore_scopes(graph: onnx.GraphProto, scopes: tuple[tuple[str, str], ...]) -> None:
+    """Name nodes after their module where transformers calls it past its parent.
+
+    Arguments:
+        scopes: (scope that the exporter saw, module path), for example `("decoder", "model.decoder")`.
+    """
+    for seen, path in scopes:
+        for node in graph.node:
+            if node.name.startswith(f"/{seen}/"):
+                node.name = node_name(path) + node.name.removeprefix(f"/{seen}")
 
 
 def name_weights(graph: onnx.GraphProto, paths: list[str]) -> None:
@@ -77,7 +92,7 @@ def map_linears(
     """
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
-    adds = {node.input[1]: node for node in graph.node if node.op_type == "Add"}
+    adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
     found = {}
     for path, module in modules.items():
         node = nodes.get(f"{node_name(path)}/MatMul")
@@ -119,9 +134,10 @@ def _bias(
 ) -> str | None:
     if "bias" not in dict(module.named_parameters()):
         return None
-    if add is None or add.input[0] not in initializers:
+    added = [] if add is None else [str(name) for name in add.input if name in initializers]
+    if len(added) != 1:
         raise ExportError(f"The graph does not add the bias of the linear layer `{path}`.")
-    return str(add.input[0])
+    return added[0]
 
 
 def _refuse_unknown(

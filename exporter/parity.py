@@ -1,9 +1,10 @@
-"""How far two sets of logits are apart, and whether a graph computes what torch does."""
+"""How far two sets of logits are apart, and a decoder graph and a torch model run on the same tokens."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ Logits = NDArray[np.floating[Any]]
 # so that a size frozen by the tracing shows.
 PROMPT_TOKENS = (40, 23, 9)
 DECODE_STEPS = 4
+# Logits that are compared at once in float64: 32 MB.
+CHUNK_VALUES = 1 << 22
+QUIET = 4  # ONNX Runtime's FATAL
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,84 @@ def compare_logits(a: Logits, b: Logits) -> Agreement:
         same_top_frac=float(np.mean(a.argmax(-1) == b.argmax(-1))),
         positions=int(np.prod(a.shape[:-1])),
     )
+
+
+@dataclass(frozen=True)
+class Divergence(Agreement):
+    """Two sets of logits for the same positions, and how far their distributions are apart.
+
+    Attributes:
+        mean_kl_nats: mean over the positions of KL(first || second), of the next-token distributions.
+        max_kl_nats: the largest.
+    """
+
+    mean_kl_nats: float
+    max_kl_nats: float
+
+
+def compare_distributions(a: Logits, b: Logits) -> Divergence:
+    """Compare logits [..., vocabulary] of equal shape, a few positions at a time.
+
+    Raises:
+        ParityError: as `compare_logits`.
+    """
+    if a.shape != b.shape or a.ndim < 2 or a.size == 0:
+        compare_logits(a, b)  # says which
+    rows = max(1, CHUNK_VALUES // a.shape[-1])
+    flat_a, flat_b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return pooled(
+        [
+            _divergence(flat_a[start : start + rows], flat_b[start : start + rows])
+            for start in range(0, len(flat_a), rows)
+        ]
+    )
+
+
+def pooled(parts: Sequence[Divergence]) -> Divergence:
+    """One comparison of all the positions of several.
+
+    Raises:
+        ParityError: no comparison at all.
+    """
+    if not parts:
+        raise ParityError("Expected at least one position to compare, found none.")
+    count = sum(part.positions for part in parts)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(part, name) * part.positions for part in parts) / count)
+
+    return Divergence(
+        max_abs=max(part.max_abs for part in parts),
+        mean_abs=mean("mean_abs"),
+        same_top_frac=mean("same_top_frac"),
+        positions=count,
+        mean_kl_nats=mean("mean_kl_nats"),
+        max_kl_nats=max(part.max_kl_nats for part in parts),
+    )
+
+
+def kl_divergence(a: Logits, b: Logits) -> NDArray[np.float64]:
+    """KL(softmax(a) || softmax(b)) in nats, float64 [position], of logits [position, vocabulary].
+
+    Where two distributions differ by rounding only, the sum cancels to a few units in the last place
+    of 1 on either side of 0; it is never less than 0 by definition, and never returned as less.
+    """
+    log_a, log_b = _log_softmax(a), _log_softmax(b)
+    nats: NDArray[np.float64] = np.einsum("ij,ij->i", np.exp(log_a), log_a - log_b)
+    return np.maximum(nats, 0.0)
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return wide
+
+
+def _divergence(a: Logits, b: Logits) -> Divergence:
+    agreement = compare_logits(a, b)
+    kl = kl_divergence(a, b)
+    return Divergence(**asdict(agreement), mean_kl_nats=float(kl.mean()), max_kl_nats=float(kl.max()))
 
 
 def require_agreement(agreement: Agreement, *, what: str, atol: float, same_top_frac: float = 0.0) -> None:
@@ -132,56 +214,191 @@ def _torch_logits(source: SourceModel, steps: list[Tensor], mask: Tensor) -> Log
     cache = DynamicCache(config=source.model.config)
     found, seen = [], 0
     for ids in steps:
-        start, seen = seen, seen + ids.shape[1]
-        output = source.model(
-            input_ids=ids,
-            attention_mask=mask[:, :seen],
-            position_ids=positions(mask[:, :seen])[:, start:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        found.append(output.logits)
+        seen += ids.shape[1]
+        found.append(torch_step(source.model, ids, mask[:, :seen], cache))
     logits: Logits = torch.cat(found, dim=1).numpy()
     return logits
 
 
 def _graph_logits(graph: Path, steps: list[Tensor], mask: Tensor) -> Logits:
     """Logits float32 [row, token, vocabulary] of the graph, its own cache fed back to it."""
-    session = open_session(graph)
-    feeds = empty_cache(session, rows=mask.shape[0])
-    wanted = {item.name for item in session.get_inputs()}
-    names = [item.name for item in session.get_outputs()]
+    decoder = open_decoder(graph)
+    cache = decoder.empty_cache(mask.shape[0])
     found, seen = [], 0
     for ids in steps:
-        start, seen = seen, seen + ids.shape[1]
-        feeds |= {"input_ids": ids.numpy(), "attention_mask": mask[:, :seen].numpy()}
-        if "position_ids" in wanted:
-            feeds["position_ids"] = positions(mask[:, :seen])[:, start:].numpy()
-        outputs = dict(zip(names, session.run(None, feeds), strict=True))
-        found.append(outputs["logits"])
-        feeds = {
-            name.replace("present", "past_key_values"): value
-            for name, value in outputs.items()
-            if name != "logits"
-        }
+        seen += ids.shape[1]
+        logits, cache = decoder.step(ids, mask[:, :seen], cache)
+        found.append(logits)
     return np.concatenate(found, axis=1)
 
 
-def open_session(graph: Path) -> ort.InferenceSession:
-    """The graph on ONNX Runtime's CPU provider, its log kept to errors.
+def torch_step(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+    """One forward pass of a transformers model; `cache` takes the new tokens in.
+
+    Arguments:
+        ids: the new tokens, int64 [row, new].
+        mask: 1 where there is a token, int64 [row, past + new].
+        cache: a transformers cache, or None to compute without one.
+
+    Returns:
+        logits float32 [row, new, vocabulary].
+    """
+    wanted: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        wanted["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    logits: Tensor = model(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **wanted,
+    ).logits
+    return logits
+
+
+Cache = dict[str, NDArray[Any]]
+"""`past_key_values.N.key|value` -> float32 [row, kv heads, past, head size]."""
+
+
+@dataclass(frozen=True)
+class GraphDecoder:
+    """An open decoder graph; what it takes and gives was read from the session.
+
+    Attributes:
+        inputs: names of the inputs that it has to be given.
+        outputs: names of its outputs, in order.
+        keep: type and shape of `logits_to_keep`, where the graph can give the last logits alone.
+    """
+
+    session: ort.InferenceSession
+    path: Path
+    inputs: frozenset[str]
+    outputs: tuple[str, ...]
+    keep: tuple[str, tuple[int, ...]] | None
+
+    def empty_cache(self, rows: int) -> Cache:
+        """The cache before the first token."""
+        return empty_cache(self.session, rows=rows)
+
+    def step(
+        self, ids: Tensor, mask: Tensor, cache: Cache, *, keep: int | None = None
+    ) -> tuple[Logits, Cache]:
+        """One run of the graph.
+
+        Arguments:
+            ids: the new tokens, int64 [row, new].
+            mask: 1 where there is a token, int64 [row, past + new].
+            cache: what the run before gave, or `empty_cache`.
+            keep: ask for the logits of that many last tokens; None leaves the graph's default.
+
+        Returns:
+            logits float32 [row, new, vocabulary], and the cache with the new tokens in it.
+
+        Raises:
+            ExecutionError: ONNX Runtime failed.
+        """
+        outputs = self.values(ids, mask, cache, self.outputs, keep=keep)
+        past = {
+            name.replace("present", "past_key_values", 1): value
+            for name, value in outputs.items()
+            if name.startswith("present")
+        }
+        return outputs["logits"], past
+
+    def values(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache,
+        wanted: Sequence[str],
+        *,
+        keep: int | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """The outputs called `wanted`; see `step`."""
+        offered = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions(mask)[:, -ids.shape[1] :],
+        }
+        feeds: dict[str, NDArray[Any]] = {
+            name: value.numpy() for name, value in offered.items() if name in self.inputs
+        }
+        if keep is not None and self.keep is not None:
+            feeds["logits_to_keep"] = np.full(self.keep[1], keep, dtype=KEEP_TYPES[self.keep[0]])
+        try:
+            found = self.session.run(list(wanted), feeds | cache)
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            past = mask.shape[1] - ids.shape[1]
+            raise ExecutionError(
+                f"ONNX Runtime failed while running {self.path} with {ids.shape[0]} rows of {ids.shape[1]} "
+                f"new and {past} cached tokens: {_first_line(error)}"
+            ) from error
+        return dict(zip(wanted, found, strict=True))
+
+
+KEEP_TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+
+
+def open_decoder(graph: Path, *, lean: bool = False) -> GraphDecoder:
+    """A decoder graph, ready to run; see `open_session`.
 
     Raises:
         ExecutionError: ONNX Runtime refuses the graph.
     """
+    return decoder_of(open_session(graph, lean=lean), graph)
+
+
+def decoder_of(session: ort.InferenceSession, graph: Path) -> GraphDecoder:
+    """An open session as a decoder; `graph` names it in messages."""
+    optional = {item.name: item for item in session.get_overridable_initializers()}
+    keep = optional.get("logits_to_keep")
+    return GraphDecoder(
+        session=session,
+        path=graph,
+        inputs=frozenset(item.name for item in session.get_inputs()),
+        outputs=tuple(item.name for item in session.get_outputs()),
+        keep=None if keep is None else (keep.type, tuple(keep.shape)),
+    )
+
+
+def open_session(graph: Path, *, lean: bool = False) -> ort.InferenceSession:
+    """The graph on ONNX Runtime's CPU provider; what goes wrong is raised, and not printed as well.
+
+    Arguments:
+        lean: leave the weights as they are in the file instead of packing them anew for the kernels.
+            External data then stays mapped from the disk: 34 MB of a graph of 500 MB are memory of the
+            process, not 416 MB. A prefill takes 1.4 times as long, a decoding step as long as before.
+
+    Raises:
+        ExecutionError: ONNX Runtime refuses the graph.
+    """
+    return load_session(str(graph), graph, session_options(lean=lean))
+
+
+def session_options(*, lean: bool = False) -> ort.SessionOptions:
+    """How graphs are opened for a comparison; see `open_session`."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = QUIET
+    # torch shares the cores: threads that spin between two runs made the whole comparison 8 times as long
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def load_session(model: str | bytes, graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    """`model`, a path or the bytes of a graph, on the CPU; `graph` names it in messages.
+
+    Raises:
+        ExecutionError: ONNX Runtime refuses the graph.
+    """
     try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         raise ExecutionError(f"ONNX Runtime cannot load {graph}: {_first_line(error)}") from error
 
 
-def empty_cache(session: ort.InferenceSession, *, rows: int) -> dict[str, NDArray[Any]]:
+def empty_cache(session: ort.InferenceSession, *, rows: int) -> Cache:
     """Feeds for an empty KV cache: float32 [rows, kv heads, 0, head size] for every past input."""
     return {
         item.name: np.zeros((rows, item.shape[1], 0, item.shape[3]), dtype=np.float32)

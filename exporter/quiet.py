@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
 
-CHATTY = ("optimum", "onnx_ir", "onnxscript", "torch.onnx")
+CHATTY = ("optimum", "onnx_ir", "onnxscript", "torch.onnx", "torch.__trace")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from holdfast.chat import ChatTokenizer
 from holdfast.errors import InputError
-from holdfast.exporter.batching import length_batches, pad_left, positions
+from holdfast.exporter.batching import keep_logits, length_batches, pad_left, positions
 from holdfast.language_model import OnDone
 
 
@@ -122,9 +122,9 @@ class TorchLanguageModel:
             attention_mask=mask,
             position_ids=positions(mask),
             use_cache=False,
-            logits_to_keep=keep,
+            **keep_logits(self.model, keep),
         ).logits
-        return logits.float()
+        return logits[:, -keep:].float()
 
     @torch.inference_mode()
     def _answer(self, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
@@ -140,7 +140,7 @@ class TorchLanguageModel:
                 position_ids=positions(mask)[:, -ids.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **keep_logits(self.model, 1),
             ).logits
             ids = logits[:, -1].argmax(dim=-1, keepdim=True)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)

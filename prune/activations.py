@@ -7,6 +7,7 @@ the whole model once for each.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.exporter.architectures import block_paths
-from holdfast.exporter.batching import length_batches, pad_left, positions
+from holdfast.exporter.batching import keep_logits, length_batches, pad_left, positions
 
 
 @dataclass
@@ -50,7 +51,7 @@ def first_block_batches(
                 attention_mask=mask,
                 position_ids=positions(mask),
                 use_cache=False,
-                logits_to_keep=1,
+                **keep_logits(model, 1),
             )
         batches.append(BlockBatch(entered[0][0], mask.bool(), [kwargs for _, kwargs in entered]))
     return batches
@@ -90,9 +91,9 @@ def _recorded_inputs(model: nn.Module, entered: list[tuple[Tensor, dict[str, Any
     """Append (hidden state, keyword arguments) of every block, in order."""
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = dict(kwargs)
-        hidden = args[0] if args else rest.pop("hidden_states")
-        entered.append((hidden, rest))
+        names = inspect.signature(module.forward).parameters
+        rest = {**dict(zip(names, args, strict=False)), **kwargs}
+        entered.append((rest.pop("hidden_states"), rest))
 
     with ExitStack() as hooks:
         for path in block_paths(model):
@@ -106,7 +107,7 @@ def _summed_squares(module: nn.Linear, total: Tensor, shown: Tensor) -> Iterator
     """Add the squares of the module's inputs at shown positions to `total`, float64 [in]."""
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        tokens = args[0][shown].double()  # [token, in]
+        tokens = args[0].reshape(*shown.shape, -1)[shown].double()  # [token, in]
         total.add_(tokens.square().sum(dim=0))
 
     handle = module.register_forward_pre_hook(add)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from holdfast.errors import CalibrationError
 from holdfast.evals.judge import label_answer
-from holdfast.exporter.architectures import block_paths, row_of
-from holdfast.exporter.batching import length_batches, pad_left, positions
+from holdfast.exporter.architectures import block_paths, present, row_of
+from holdfast.exporter.batching import keep_logits, length_batches, pad_left, positions
 from holdfast.exporter.source import SourceModel
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.quantize.prompts import CalibrationPrompt
@@ -157,16 +157,14 @@ def ablate_direction(model: nn.Module, vector: Tensor) -> None:
 def residual_writers(model: nn.Module) -> dict[str, Tensor]:
     """Weights that write into the residual stream: `embedding` [V, hidden], linears [hidden, in].
 
-    In the table's architectures these are the consumers of a foldable pair: o_proj and down_proj.
+    In the table's architectures these are what puts attention and MLP back into it, and what projects
+    a narrower embedding.
     """
     row = row_of(model)
-    writers = {consumer for _, consumer in row.up_down}
-    found: dict[str, Any] = {"embedding": model.get_submodule(row.embedding).weight}
-    for block in block_paths(model):
-        for name in row.linears:
-            if name in writers:
-                found[f"{block}.{name}"] = model.get_submodule(f"{block}.{name}").weight
-    return found
+    outer = present(model, row.before)
+    inner = [f"{block}.{name}" for block in block_paths(model) for name in row.writers]
+    found: dict[str, Any] = {} if outer else {"embedding": model.get_submodule(row.embedding).weight}
+    return found | {path: model.get_submodule(path).weight for path in (*outer, *inner)}
 
 
 def refusal_rate(source: SourceModel, prompts: Sequence[Sequence[int]]) -> float:
@@ -228,7 +226,7 @@ def _mean_states(source: SourceModel, prompts: Sequence[list[int]], count: int) 
             attention_mask=mask,
             position_ids=positions(mask),
             use_cache=False,
-            logits_to_keep=1,
+            **keep_logits(source.model, 1),
             output_hidden_states=True,
         ).hidden_states[1:]
         total = total + torch.stack([state[:, -count:].sum(dim=0) for state in states])

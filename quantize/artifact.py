@@ -15,14 +15,18 @@ import onnx
 from holdfast.chat import ChatTokenizer
 from holdfast.config import Config
 from holdfast.errors import ExecutionError, QuantizationError
-from holdfast.exporter.export import EXTERNAL, GRAPH, read_export
+from holdfast.exporter.export import EXTERNAL, GRAPH, LARGEST_INLINE_BYTES, graph_bytes, read_export
+from holdfast.exporter.genai import name_graph
 from holdfast.exporter.graph import GraphLinear
+from holdfast.exporter.ort_format import OPERATORS_FILE, ORT_FILE, write_ort_format
 from holdfast.exporter.parity import open_session
+from holdfast.exporter.passes.gather_first import gather_first
+from holdfast.exporter.targets import Target, lookup_target
 from holdfast.files import disk_errors, write_text
 from holdfast.quantize.backends import inc, ort
 from holdfast.quantize.graph import Graph, histogram, read_blocks, read_static
 from holdfast.quantize.minmax import minmax_ranges
-from holdfast.quantize.plan import quantized_paths
+from holdfast.quantize.plan import quantized_paths, require_whole_products
 from holdfast.quantize.prompts import BUILTIN, load_calibration
 from holdfast.quantize.record import (
     CALIBRATION_FILE,
@@ -33,9 +37,9 @@ from holdfast.quantize.record import (
 )
 from holdfast.quantize.sequences import chat_prompts
 from holdfast.recipe import QuantizeConfig
+from holdfast.runtime.external_data import graph_files
 
 REPORT = "quantize.json"
-LARGEST_INLINE_BYTES = 1 << 30
 MINMAX_PROMPTS = 96
 KERNELS = {"w8a8": "MatMulIntegerToFloat", "w4": "MatMulNBits"}
 
@@ -103,37 +107,38 @@ def quantize_bundle(
     """
     export = read_export(export_folder)
     paths = quantized_paths(list(export.modules), config.exclude)
+    require_whole_products(export.modules, paths)
     modules = {path: export.modules[path] for path in paths}
     model = onnx.load(export_folder / GRAPH)
     ranges, origin = _ranges(model, modules, export_folder, calibration, config)
     _copy_companions(export_folder, out)
+    tensors: dict[str, QuantizedTensor] = {}
     if config.scheme == "none":
-        _save(model, out)
-        tensors: dict[str, QuantizedTensor] = {}
+        _copy_graph(export_folder, out)
     else:
-        _save(_quantized(model, export_folder, modules, ranges, config), out)
+        interface = onnx.ModelProto(metadata_props=model.metadata_props)
+        interface.graph.input.extend(model.graph.input)
+        quantized = gather_first(_quantized(model, export_folder, modules, ranges, config))
+        _keep_interface(quantized, interface)
+        _save(quantized, out)
         _require_loads(out)
         tensors = _read_back(onnx.load(out / GRAPH), modules, ranges, config)
+    operators = histogram(onnx.load(out / GRAPH, load_external_data=False))
+    _settle_format(out, lookup_target(export.target), config)
     report = QuantizeReport(
         scheme=config.scheme,
         backend=config.backend if tensors else "none",
         ranges_from=origin,
         tensors=tensors,
         float32=tuple(path for path in export.modules if path not in tensors),
-        operators=histogram(onnx.load(out / GRAPH, load_external_data=False)),
+        operators=operators,
         bytes_before=graph_bytes(export_folder),
-        bytes_after=graph_bytes(out),
+        bytes_after=sum(path.stat().st_size for path in graph_files(out)),
         accuracy_level=config.accuracy_level if config.scheme == "w4" else None,
         versions=_versions(config) if tensors else {},
     )
     _write_report(report, out)
     return report
-
-
-def graph_bytes(folder: Path) -> int:
-    """Size of the graph and its external data."""
-    files = (folder / GRAPH, folder / EXTERNAL)
-    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _ranges(
@@ -196,17 +201,40 @@ def _copy_companions(export_folder: Path, out: Path) -> None:
     """Everything but the graph, byte for byte."""
     with disk_errors(out):
         for path in sorted(export_folder.iterdir()):
-            if path.is_file() and path.name not in (GRAPH, EXTERNAL):
+            if path.is_file() and path.name not in (GRAPH, EXTERNAL, ORT_FILE, OPERATORS_FILE):
                 shutil.copyfile(path, out / path.name)
+
+
+def _copy_graph(export_folder: Path, out: Path) -> None:
+    with disk_errors(out):
+        for name in (GRAPH, EXTERNAL):
+            if (export_folder / name).is_file():
+                shutil.copyfile(export_folder / name, out / name)
 
 
 def _save(model: onnx.ModelProto, out: Path) -> None:
     """Weights beyond 1 GiB go into one file beside the graph."""
-    large = model.ByteSize() > LARGEST_INLINE_BYTES
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_INLINE_BYTES
     with disk_errors(out):
         onnx.save_model(
             model, out / GRAPH, save_as_external_data=large, location=EXTERNAL if large else None
         )
+
+
+def _settle_format(out: Path, target: Target, config: QuantizeConfig) -> None:
+    """Leave the one file that is deployed: a reduced build reads ORT format alone."""
+    if target.ort_format:
+        write_ort_format(out, atol=config.atol)
+        for name in (GRAPH, EXTERNAL):
+            (out / name).unlink(missing_ok=True)
+        name_graph(out, ORT_FILE)
+
+
+def _keep_interface(model: onnx.ModelProto, interface: onnx.ModelProto) -> None:
+    """Inputs, optional ones among them, and what the exporter noted; neural-compressor drops both."""
+    del model.metadata_props[:], model.graph.input[:]
+    model.metadata_props.extend(interface.metadata_props)
+    model.graph.input.extend(interface.graph.input)
 
 
 def _require_loads(out: Path) -> None:
@@ -227,7 +255,8 @@ def _read_back(
 ) -> dict[str, QuantizedTensor]:
     """Every linear as the artifact holds it, compared with what was asked."""
     graph = Graph(model)
-    _check_histogram(histogram(model), len(modules), config.scheme)
+    products = {linear.node for linear in modules.values()}
+    _check_histogram(histogram(model), len(products), config.scheme)
     if config.scheme == "w4":
         return {p: _block_tensor(graph, p, linear, config) for p, linear in modules.items()}
     return {p: _static_tensor(graph, p, linear, ranges[p], config) for p, linear in modules.items()}

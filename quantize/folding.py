@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import CalibrationError
+from holdfast.exporter.architectures import row_of
 from holdfast.quantize.fakequant import block_limit, channel_limit, to_blocks
 from holdfast.quantize.learnable import Learnables, QuantLinear
 from holdfast.quantize.plan import InputGroup
@@ -26,7 +27,11 @@ def fold_scales(model: nn.Module, group: InputGroup, scales: Tensor) -> None:
             _weight(model, path).mul_(scales[group.channel_map])
         producer = model.get_submodule(group.producer)
         weight = _weight(model, group.producer)
-        weight.div_(scales if weight.dim() == 1 else scales[:, None])
+        if weight.dim() == 1:
+            offset = row_of(model).norm_offset
+            weight.add_(offset).div_(scales).sub_(offset)
+        else:
+            weight.div_(scales[:, None])
         bias = getattr(producer, "bias", None)
         if bias is not None:
             bias.div_(scales)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import QuantizationError
-from holdfast.exporter.architectures import block_paths, linear_modules, row_of
+from holdfast.exporter.architectures import block_paths, linear_modules, present, row_of
+from holdfast.exporter.graph import GraphLinear
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,29 @@ def quantized_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
     return kept
 
 
+def require_whole_products(modules: dict[str, GraphLinear], quantized: Sequence[str]) -> None:
+    """Raise QuantizationError where only some of the linears that share one MatMul are quantized."""
+    asked = set(quantized)
+    inside = {modules[path].node for path in quantized}
+    for path, linear in modules.items():
+        if linear.node in inside and path not in asked:
+            raise QuantizationError(
+                f"`exclude` leaves out `{path}`, which shares one MatMul with other linears in this graph: "
+                "exclude all of them, or export with `target: portable`."
+            )
+
+
 def input_groups(model: nn.Module) -> list[InputGroup]:
     """Every linear of the model, grouped by the activation it reads, in order of computation."""
-    linears = linear_modules(model)
-    groups = []
-    for block in block_paths(model):
-        groups += _block_groups(model, block, linears)
-    head = row_of(model).head
-    groups.append(InputGroup((head,), None, torch.arange(linears[head].in_features)))
-    return groups
+    linears, row = linear_modules(model), row_of(model)
+    inner = [group for block in block_paths(model) for group in _block_groups(model, block, linears)]
+    before = [_alone(path, linears) for path in present(model, row.before)]
+    after = [_alone(path, linears) for path in (*present(model, row.after), row.head)]
+    return [*before, *inner, *after]
+
+
+def _alone(path: str, linears: dict[str, nn.Linear]) -> InputGroup:
+    return InputGroup((path,), None, torch.arange(linears[path].in_features))
 
 
 def _block_groups(model: nn.Module, block: str, linears: dict[str, nn.Linear]) -> list[InputGroup]:
@@ -72,13 +87,14 @@ def _block_groups(model: nn.Module, block: str, linears: dict[str, nn.Linear]) -
     for norm, consumers in row.norm_groups:
         paths = tuple(f"{block}.{name}" for name in consumers)
         width = linears[paths[0]].in_features
-        groups.append(InputGroup(paths, f"{block}.{norm}", torch.arange(width)))
+        producer = None if norm is None else f"{block}.{norm}"
+        groups.append(InputGroup(paths, producer, torch.arange(width)))
         grouped.update(consumers)
     producers = {consumer: producer for producer, consumer in row.up_down}
     for name in row.linears:
         if name not in grouped:
-            producer = producers.get(name)
-            path = None if producer is None else f"{block}.{producer}"
+            source = producers.get(name)
+            path = None if source is None else f"{block}.{source}"
             groups.append(_pair_group(model, f"{block}.{name}", path, linears))
     return groups
 
@@ -88,7 +104,7 @@ def _pair_group(
 ) -> InputGroup:
     width = linears[consumer].in_features
     if producer is None:
-        return InputGroup((consumer,), None, torch.arange(width))
+        return _alone(consumer, linears)
     channel_map = shared_channels(linears[producer].out_features, width, _head_size(model))
     return InputGroup((consumer,), producer, channel_map)
 

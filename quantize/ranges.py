@@ -71,7 +71,7 @@ def collect_statistics(
 
     def watch(collector: _Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            collector.add(inputs[0].detach()[mask])
+            collector.add(inputs[0].detach().reshape(*mask.shape, -1)[mask])
 
         return hook
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import VocabularyMismatchError
+from holdfast.exporter.batching import keep_logits
 from holdfast.quantize.losses import References, make_references
 from holdfast.quantize.sequences import Batch, even_rows
 
@@ -53,8 +54,8 @@ def position_logits(model: Any, batch: Batch) -> Tensor:
 
 def forward_logits(model: Any, batch: Batch) -> Tensor:
     """Logits at the loss positions, float32 [batch, positions, V]."""
-    output = model(**batch.inputs(), use_cache=False, logits_to_keep=batch.positions)
-    logits: Tensor = output.logits
+    output = model(**batch.inputs(), use_cache=False, **keep_logits(model, batch.positions))
+    logits: Tensor = output.logits[:, -batch.positions :]
     return logits
 
 

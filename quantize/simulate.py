@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from holdfast.errors import ParityError
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.batching import pad_left, positions
-from holdfast.exporter.export import GRAPH
 from holdfast.exporter.parity import (
     Agreement,
     compare_logits,
@@ -34,6 +33,7 @@ from holdfast.quantize.fakequant import (
 from holdfast.quantize.plan import quantized_paths
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
+from holdfast.runtime.external_data import graph_files
 
 INT8_COMPUTE = 4  # accuracy_level at which MatMulNBits quantizes its input to int8
 
@@ -112,7 +112,7 @@ def check_simulation(
     """
     with simulate(source.model, ranges, config):
         expected = torch_logits(source, prompts)
-    found = graph_logits(artifact / GRAPH, prompts, pad_id=source.tokenizer.pad_id)
+    found = graph_logits(graph_files(artifact)[0], prompts, pad_id=source.tokenizer.pad_id)
     agreement = simulation_agreement(expected, found, atol=config.atol)
     require_simulation(agreement, config)
     return agreement

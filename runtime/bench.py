@@ -54,6 +54,21 @@ class Round:
 
 
 @dataclass(frozen=True)
+class CacheFigures:
+    """The KV cache of the measured answer.
+
+    Attributes:
+        dtype: element type of keys and values, for example `float32`.
+        shared: whether past and present were one buffer, or a longer copy was made at every step.
+        largest_bytes: one cache at its longest; one that is not shared exists twice during a step.
+    """
+
+    dtype: str
+    shared: bool
+    largest_bytes: int
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """What `holdfast bench` says about one artifact.
 
@@ -71,6 +86,7 @@ class BenchReport:
     prefill_tokens_per_s: Spread
     decode_tokens_per_s: Spread
     first_token_s: Spread
+    cache: CacheFigures
     file_bytes: int
     memory: Memory | None
     environment: dict[str, Any]
@@ -175,11 +191,11 @@ def _measure(model: OnnxLanguageModel, prompt_tokens: int, new_tokens: int) -> R
     ids: NDArray[np.int64] = np.random.default_rng(0).integers(
         graph.vocabulary_size, size=(1, prompt_tokens)
     )
-    cache = graph.empty_cache(1)
     started = time.perf_counter()
     first_token_at = started
+    cache = graph.empty_cache(1, prompt_tokens + new_tokens)
     for tokens in range(prompt_tokens, prompt_tokens + new_tokens):
-        logits, cache = graph.forward(ids, np.ones((1, tokens), np.int64), cache)
+        logits, cache = graph.forward(ids, np.ones((1, tokens), np.int64), cache, keep=1)
         ids = logits[:, -1:].argmax(axis=-1)
         if tokens == prompt_tokens:
             first_token_at = time.perf_counter()
@@ -189,7 +205,8 @@ def _measure(model: OnnxLanguageModel, prompt_tokens: int, new_tokens: int) -> R
 def _report(
     model: OnnxLanguageModel, rounds: list[Round], prompt_tokens: int, new_tokens: int
 ) -> BenchReport:
-    folder, threads = model.graph.path.parent, model.graph.threads
+    graph = model.graph
+    folder, threads = graph.path.parent, graph.threads
     return BenchReport(
         name=model.name,
         prompt_tokens=prompt_tokens,
@@ -198,6 +215,11 @@ def _report(
         prefill_tokens_per_s=Spread.of([prompt_tokens / r.first_token_s for r in rounds]),
         decode_tokens_per_s=Spread.of([(new_tokens - 1) / r.decode_s for r in rounds]),
         first_token_s=Spread.of([r.first_token_s for r in rounds]),
+        cache=CacheFigures(
+            dtype=", ".join(sorted({np.dtype(entry.dtype).name for entry in graph.cache_inputs})),
+            shared=graph.shares_cache,
+            largest_bytes=(prompt_tokens + new_tokens) * graph.cache_token_bytes,
+        ),
         file_bytes=sum(path.stat().st_size for path in graph_files(folder)),
         memory=measure_memory(folder, prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads),
         environment=environment(threads=threads),
@@ -205,11 +227,13 @@ def _report(
 
 
 def _figures(report: BenchReport) -> list[tuple[str, str]]:
-    memory = report.memory
+    memory, cache = report.memory, report.cache
+    kind = "one buffer" if cache.shared else "copied every step"
     return [
         (f"prefill of {report.prompt_tokens}", _rate(report.prefill_tokens_per_s)),
         (f"decode of {report.new_tokens}", _rate(report.decode_tokens_per_s)),
         ("time to first token", f"{report.first_token_s.median * 1e3:.1f} ms"),
+        ("KV cache", f"{_mib(cache.largest_bytes)} of {cache.dtype}, {kind}"),
         ("graph on disk", _mib(report.file_bytes)),
         ("resident, at its peak", _mib(memory.peak_resident_bytes) if memory else "not known"),
     ]

@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from holdfast.errors import ExecutionError
 
 MODEL_FILE = "model.onnx"
+ORT_FILE = "model.ort"  # ORT format: a FlatBuffers file of reduced builds, with all its weights inside
+ORT_IDENTIFIER = b"ORTM"  # at byte 4; onnxruntime/core/flatbuffers/schema/ort.fbs
 
 # message -> field number -> message inside it; everything else is stepped over
 _NESTED: dict[str, dict[int, str]] = {
@@ -31,21 +33,43 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def graph_files(folder: Path) -> list[Path]:
-    """`model.onnx` of `folder` and the external data it names, all inside the folder.
+    """`model.onnx` of `folder` and the external data it names; `model.ort` where there is no model.onnx.
+
+    All are inside the folder; the first is the graph.
 
     Raises:
-        ExecutionError: no graph, not an ONNX file, or a location outside the folder or missing.
+        ExecutionError: no graph, not a file of its format, or a location outside the folder or missing.
     """
-    graph = folder / MODEL_FILE
-    if not graph.is_file():
-        raise ExecutionError(
-            f"Expected {MODEL_FILE} in {folder}, found none: export the model there first."
-        )
-    _require_inside(folder, PurePosixPath(MODEL_FILE), graph)
+    graph = graph_file(folder)
+    _require_inside(folder, PurePosixPath(graph.name), graph)
+    if graph.name == ORT_FILE:
+        _require_ort_format(graph)
+        return [graph]
     locations = sorted(external_locations(graph))
     for location in locations:
         _require_inside(folder, PurePosixPath(location), graph)
     return [graph, *(folder / location for location in locations)]
+
+
+def graph_file(folder: Path) -> Path:
+    """The graph that is run: `model.onnx`, else `model.ort`.
+
+    Raises:
+        ExecutionError: there is neither.
+    """
+    for name in (MODEL_FILE, ORT_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise ExecutionError(
+        f"Expected {MODEL_FILE} or {ORT_FILE} in {folder}, found none: export the model there first."
+    )
+
+
+def _require_ort_format(graph: Path) -> None:
+    with graph.open("rb") as stream:
+        head = stream.read(8)
+    if head[4:] != ORT_IDENTIFIER:
+        raise ExecutionError(f"{graph} is not a file in ORT format: copy or convert it again.")
 
 
 def external_locations(graph: Path) -> set[str]:

@@ -82,10 +82,10 @@ def _tokens(
     graph = model.graph
     generator = sampling.generator()
     ids = np.asarray([prompt], np.int64)
-    cache = graph.empty_cache(1)
+    cache = graph.empty_cache(1, len(prompt) + limit)
     for past_tokens in range(len(prompt), len(prompt) + limit):
         mask = np.ones((1, past_tokens), np.int64)
-        logits, cache = graph.forward(ids, mask, cache)
+        logits, cache = graph.forward(ids, mask, cache, keep=1)
         token = choose(require_numbers(logits[0, -1], model.name), sampling, generator)
         yield token
         ids = np.asarray([[token]], np.int64)

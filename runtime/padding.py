@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-LOGIT_BYTES = 4  # float32
 
 
 def left_pad(
@@ -24,16 +22,26 @@ def left_pad(
 
 
 def batches(
-    lengths: Sequence[int], *, batch_size: int, vocabulary_size: int, logits_bytes: int
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    row_bytes: Callable[[int], int],
+    run_bytes: int,
+    equal_beyond: int | None = None,
 ) -> Iterator[list[int]]:
     """Indices of sequences that run together: neighbours in length, the longest first.
 
-    A decoder graph returns logits for every position. A batch is cut so that they take at most
-    `logits_bytes` (one sequence always goes through).
+    Arguments:
+        row_bytes: what a run needs for one sequence padded to a length.
+        run_bytes: what a run may need. One sequence always goes through.
+        equal_beyond: a batch with a sequence longer than this holds sequences of that one length.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while order:
-        longest_bytes = lengths[order[0]] * vocabulary_size * LOGIT_BYTES
-        size = max(1, min(batch_size, logits_bytes // longest_bytes))
-        yield order[:size]
-        order = order[size:]
+        longest = lengths[order[0]]
+        size = max(1, min(batch_size, run_bytes // max(1, row_bytes(longest))))
+        batch = order[:size]
+        if equal_beyond is not None and longest > equal_beyond:
+            batch = [index for index in batch if lengths[index] == longest]
+        yield batch
+        order = order[len(batch) :]

@@ -61,17 +61,72 @@ def write_tokenizer(folder: Path, *, vocab: int = 300) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
+# What a class calls a field of the tiny default; None where it has no such field.
+FIELDS: dict[str, dict[str, str | None]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },
+    "gpt_neo": {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "phi3": {"head_dim": None},
+    "opt": {
+        "intermediate_size": "ffn_dim",
+        "initializer_range": "init_std",
+        "num_key_value_heads": None,
+        "head_dim": None,
+    },
+    "falcon": {
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": None,
+    },
+    **{
+        name: {"num_key_value_heads": None, "head_dim": None}
+        for name in ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
+    },
+}
+# What a class needs besides, or has a large default for. Without a `head_dim` of its own, the hidden size
+# is what gives heads of 16.
+EXTRA: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gpt2": {"hidden_size": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gpt_neox": {"hidden_size": 64, "rotary_pct": 0.5},
+    "phi3": {"hidden_size": 64},
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64},
+    "roberta": {"type_vocab_size": 1},
+    "xlm-roberta": {"type_vocab_size": 1},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 16},
+    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2},
+}
+ZERO_CENTRED_NORMS = ("gemma2", "gemma3_text")  # they multiply by 1 + weight
+
+
 def tiny_model(folder: Path, architecture: str, *, seed: int = 0, **settings: Any) -> Path:
     """A random model of any supported class, saved with its tokenizer.
 
     Arguments:
         architecture: class name, for example `MistralForCausalLM`.
-        settings: fields of the model's config that differ from the tiny default.
+        settings: fields of the model's config that differ from the tiny default, as the class or as
+            Llama calls them.
 
     Weights are drawn wide (std 0.15 instead of 0.02), so that logits differ between tokens and a
     wrong graph cannot pass for a right one.
     """
     model_class = getattr(transformers, architecture)
+    kind = model_class.config_class.model_type
     defaults: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -79,19 +134,27 @@ def tiny_model(folder: Path, architecture: str, *, seed: int = 0, **settings: An
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 16,  # what ONNX Runtime's attention kernels take; not hidden_size / heads
         "max_position_embeddings": 128,
         "initializer_range": 0.15,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": 3,
         "pad_token_id": 0,
+        **EXTRA.get(kind, {}),
     }
-    merged = {**defaults, **settings}
+    names = FIELDS.get(kind, {})
+    merged = {
+        name: value
+        for key, value in {**defaults, **settings}.items()
+        if (name := names.get(key, key)) is not None
+    }
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**merged)).eval()
-    _randomise_norms_and_biases(model)
-    model.generation_config.eos_token_id = 3
-    model.generation_config.pad_token_id = 0
+    _randomise_norms_and_biases(model, norm_centre=0.0 if kind in ZERO_CENTRED_NORMS else 1.0)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = 3
+        model.generation_config.pad_token_id = 0
     model.save_pretrained(folder, safe_serialization=True)
     write_tokenizer(folder, vocab=merged["vocab_size"])
     return folder
@@ -100,7 +163,7 @@ def tiny_model(folder: Path, architecture: str, *, seed: int = 0, **settings: An
 def tiny_llama(
     folder: Path, *, seed: int = 0, tied: bool = True, kv_heads: int = 2, vocab: int = 300
 ) -> Path:
-    """A 2-layer Llama with hidden size 32 and 4 heads; see `tiny_model`."""
+    """A 2-layer Llama with hidden size 32 and 4 heads of 16; see `tiny_model`."""
     return tiny_model(
         folder,
         "LlamaForCausalLM",
@@ -111,9 +174,9 @@ def tiny_llama(
     )
 
 
-def _randomise_norms_and_biases(model: torch.nn.Module) -> None:
-    """Norm weights around 1 and biases around 0: at exactly 1 and 0 a lost one would go unseen."""
+def _randomise_norms_and_biases(model: torch.nn.Module, *, norm_centre: float) -> None:
+    """Norms around neutral and biases around 0: exactly there a lost one would go unseen."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            centre = 0.0 if name.endswith("bias") else 1.0
+            centre = 0.0 if name.endswith("bias") else norm_centre
             parameter.data = centre + 0.2 * torch.randn_like(parameter)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from holdfast.files import to_json
-from holdfast.recipe import QuantizeConfig
+from holdfast.recipe import TARGETS, ExportConfig, QuantizeConfig
+
+if TYPE_CHECKING:
+    from holdfast.exporter.source import SourceModel
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -27,6 +30,13 @@ threads_option = click.option(
     show_default=True,
     help="Intra-op threads; 0 leaves the choice to the runtime.",
 )
+target_option = click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default=ExportConfig().target,
+    show_default=True,
+    help="Where the graph is to run; `portable` uses ONNX's own operators alone.",
+)
 calibration_data_option = click.option(
     "--calibration-data",
     default="builtin",
@@ -38,6 +48,36 @@ calibration_data_option = click.option(
 def out_option(what: str) -> Callable[[Command], Command]:
     """The required `--out` of a command that writes one folder."""
     return click.option("--out", type=FOLDER, required=True, help=f"Folder for {what}.")
+
+
+def source_options(command: Command) -> Command:
+    """`--revision`, `--trust-remote-code` and `--adapter-base`, for a MODEL that may be a hub name."""
+    for option in (
+        click.option(
+            "--adapter-base",
+            metavar="MODEL",
+            help="Folder or hub name of an adapter's base, if not the one that adapter_config.json names.",
+        ),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Accept a config with `auto_map`; its code runs where transformers has no such class.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub name; the commit is recorded."),
+    ):
+        command = option(command)
+    return command
+
+
+def load_model(
+    name: str, *, revision: str | None, trust_remote_code: bool, adapter_base: str | None
+) -> SourceModel:
+    """The model behind the MODEL argument and `source_options`; needs the `export` extra."""
+    from holdfast.exporter.hub import resolve_source
+    from holdfast.exporter.source import load_source
+
+    source = resolve_source(name, revision, trust_remote_code=trust_remote_code)
+    return load_source(source, trust_remote_code=trust_remote_code, base_of_adapter=adapter_base)
 
 
 def quantization_options(command: Command) -> Command:

@@ -10,13 +10,16 @@ import click
 from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option
 from holdfast.errors import ExitCode, UsageError
 from holdfast.extras import require_extra
-from holdfast.recipe import Recipe, make_recipe, read_recipe
+from holdfast.recipe import TARGETS, Recipe, anchored, make_recipe, read_recipe
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
 # flag -> the recipe key that it sets
 FLAGS: dict[str, str] = {
     "base": "base",
+    "revision": "revision",
+    "base_revision": "base_revision",
+    "target": "export.target",
     "seed": "seed",
     "threads": "threads",
     "prune_method": "prune.method",
@@ -35,8 +38,10 @@ FLAGS: dict[str, str] = {
 
 
 @click.command("run")
-@click.argument("source", type=FOLDER)
-@click.option("--base", help="Folder of the unaligned base model, or `ablate`.  [default: ablate]")
+@click.argument("source")
+@click.option("--base", help="Folder or hub name of the unaligned base, or `ablate`.  [default: ablate]")
+@click.option("--revision", help="Commit, tag or branch of SOURCE on the hub.")
+@click.option("--base-revision", help="Commit, tag or branch of the base on the hub.")
 @click.option("--out", type=FOLDER, help="The bundle's folder.  [default: NAME-bundle, here]")
 @click.option("--prune-method", type=click.Choice(["none", "magnitude", "wanda"]), help="How to prune.")
 @click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
@@ -44,6 +49,7 @@ FLAGS: dict[str, str] = {
 @click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
 @click.option("--steps", type=int, help="Calibration steps for each alpha.")
 @click.option("--calibration-data", help="`builtin`, or a JSONL file with prompt and kind.")
+@click.option("--target", type=click.Choice(TARGETS), help="Where the graph is to run.")
 @click.option("--scheme", type=click.Choice(["w8a8", "w4", "none"]), help="Quantization scheme.")
 @click.option("--backend", type=click.Choice(["ort", "inc"]), help="Quantization backend.")
 @click.option("--activation-bits", type=int, help="Width of static activations, 2 to 8.")
@@ -59,14 +65,16 @@ FLAGS: dict[str, str] = {
 def command(
     context: click.Context,
     /,
-    source: Path,
+    source: str,
     out: Path | None,
     work: Path | None,
     overwrite: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Compress the aligned model in SOURCE, or run the recipe SOURCE (.yaml), and verify the result.
+    """Compress the aligned model SOURCE, or run the recipe SOURCE (.yaml), and verify the result.
+
+    A model is a folder or a hub name (owner/name).
 
     Settings come from the recipe, then from flags. A run that was interrupted goes on where it
     stopped when the same command is given again.
@@ -82,11 +90,11 @@ def command(
     context.exit(ExitCode.for_verdict(outcome.verdict))
 
 
-def effective_recipe(source: Path, flags: dict[str, Any]) -> Recipe:
+def effective_recipe(source: str, flags: dict[str, Any]) -> Recipe:
     """The recipe that SOURCE and the flags describe.
 
     Arguments:
-        source: a model folder or a YAML recipe.
+        source: a model folder, a hub name or a YAML recipe.
         flags: values by flag name; None and empty tuples mean not given.
     """
     overrides = {FLAGS[name]: value for name, value in flags.items() if value not in (None, ())}
@@ -94,12 +102,13 @@ def effective_recipe(source: Path, flags: dict[str, Any]) -> Recipe:
         overrides["evaluate.suites"] = [suite_choice(text) for text in flags["suites"]]
     if "calibrate.alphas" in overrides:
         overrides["calibrate.alphas"] = list(flags["alphas"])
-    for key in ("base", "calibrate.data"):
-        if overrides.get(key) not in (None, "ablate", "builtin"):
-            overrides[key] = str(Path(overrides[key]).resolve())
-    if source.suffix in RECIPE_SUFFIXES:
-        return read_recipe(source, overrides)
-    return make_recipe({"model": str(source.resolve())}, overrides, what="command line")
+    if "base" in overrides:
+        overrides["base"] = anchored(overrides["base"], Path())
+    if overrides.get("calibrate.data") not in (None, "builtin"):
+        overrides["calibrate.data"] = str(Path(overrides["calibrate.data"]).resolve())
+    if Path(source).suffix in RECIPE_SUFFIXES:
+        return read_recipe(Path(source), overrides)
+    return make_recipe({"model": anchored(source, Path())}, overrides, what="command line")
 
 
 def suite_choice(text: str) -> dict[str, str]:

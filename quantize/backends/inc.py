@@ -63,7 +63,7 @@ def request(modules: dict[str, GraphLinear], config: QuantizeConfig) -> dict[str
     """What the worker is asked to do, as JSON."""
     return {
         "scheme": config.scheme,
-        "nodes": [linear.node for linear in modules.values()],
+        "nodes": list(dict.fromkeys(linear.node for linear in modules.values())),
         "block_size": config.block_size,
         "accuracy_level": config.accuracy_level,
         "samples": SAMPLES,

@@ -53,7 +53,10 @@ def sample_feeds(graph: onnx.GraphProto, ids: list[int]) -> Feeds:
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
     }
     feeds: Feeds = {}
+    defaults = {tensor.name for tensor in graph.initializer}
     for value in graph.input:
+        if value.name in defaults:
+            continue
         shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
         empty = np.zeros((1, *shape[1:2], 0, *shape[3:4]), dtype=np.float32)
         feeds[value.name] = known.get(value.name, empty)

@@ -37,7 +37,7 @@ def quantize_static(
         ranges: module path -> range of its input.
     """
     tensors = {linear.input: ranges[path] for path, linear in modules.items()}
-    nodes = [linear.node for linear in modules.values()]
+    nodes = list(dict.fromkeys(linear.node for linear in modules.values()))  # packed linears share one
     with quiet(), _no_logging():
         quantizer = QDQQuantizer(
             model,

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from holdfast.errors import ModelSourceError, UnsupportedArchitectureError
 from holdfast.exporter.architectures import (
     ROWS,
+    attention_window,
     block_linear_modules,
     block_paths,
     foldable_pairs,
@@ -65,10 +67,12 @@ def test_scales_folded_along_the_row_leave_the_logits_alone(tmp_path: Path, arch
     before = model(IDS).logits
     generator = torch.Generator().manual_seed(0)
     for block in block_paths(model):
-        for norm, linears in row_of(model).norm_groups:
-            weight = model.get_submodule(f"{block}.{norm}").weight
-            scale = torch.rand(weight.shape, generator=generator) + 0.5
-            weight /= scale
+        for norm, linears in (group for group in row_of(model).norm_groups if group[0] is not None):
+            module, offset = model.get_submodule(f"{block}.{norm}"), row_of(model).norm_offset
+            scale = torch.rand(module.weight.shape, generator=generator) + 0.5
+            module.weight.copy_((module.weight + offset) / scale - offset)
+            if getattr(module, "bias", None) is not None:
+                module.bias /= scale
             for linear in linears:
                 model.get_submodule(f"{block}.{linear}").weight *= scale
     for producer, consumer in foldable_pairs(model):
@@ -89,6 +93,18 @@ def test_values_and_outputs_fold_only_without_grouped_queries(tmp_path: Path) ->
     assert pair not in foldable_pairs(grouped)
     assert pair in foldable_pairs(full)
     assert ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj") in foldable_pairs(grouped)
+
+
+def test_windows_by_every_name() -> None:
+    settings = {
+        "MistralForCausalLM": {"sliding_window": 6},
+        "GPTNeoForCausalLM": {"window_size": 7},
+        "ModernBertForSequenceClassification": {"local_attention": 8},
+        "LlamaForCausalLM": {},
+    }
+    classes = {name: getattr(transformers, name).config_class for name in settings}
+    found = {name: attention_window(classes[name](**fields)) for name, fields in settings.items()}
+    assert list(found.values()) == [6, 7, 8, 0]
 
 
 def test_an_unknown_name() -> None:

@@ -1,13 +1,16 @@
 """Model folders: what loads, and the exact sentence for what does not."""
 
+import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from holdfast.chat import ChatTokenizer, user
@@ -18,6 +21,7 @@ from holdfast.errors import (
     UnsupportedArchitectureError,
     VocabularyMismatchError,
 )
+from holdfast.exporter import architectures
 from holdfast.exporter.source import (
     check_same_vocabulary,
     load_base,
@@ -25,6 +29,7 @@ from holdfast.exporter.source import (
     save_source,
     source_digests,
 )
+from holdfast.exporter.weights import INDEX
 from tests.tiny import tiny_llama, write_tokenizer
 
 
@@ -45,9 +50,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(config))
 
 
-def drop_tensor(folder: Path, name: str) -> None:
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
-    del tensors[name]
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -61,12 +66,18 @@ def test_loads_frozen_float32_in_eval_mode(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_become_the_same_values_in_float32(folder: Path, dtype: torch.dtype) -> None:
-    tensors = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, dtype=str(dtype).removeprefix("torch."))
-    state = load_source(folder).model.state_dict()
-    assert all(torch.equal(state[name], value.float()) for name, value in tensors.items())
+@pytest.mark.parametrize(("max_shard_size", "files"), [("1GB", 1), ("20KB", 4)])
+def test_half_precision_weights_become_the_same_values_in_float32(
+    folder: Path, dtype: torch.dtype, max_shard_size: str, files: int
+) -> None:
+    half = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    (folder / "model.safetensors").unlink()
+    half.save_pretrained(folder, max_shard_size=max_shard_size)
+    assert len(list(folder.glob("*.safetensors"))) == files
+    state, expected = load_source(folder).model.state_dict(), half.state_dict()
+    assert {value.dtype for value in expected.values()} == {dtype}
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value.float()) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -182,7 +193,6 @@ def test_a_config_that_is_not_an_object(folder: Path) -> None:
     ("changes", "key"),
     [
         ({"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "auto_map"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"transformers_weights": "../elsewhere.safetensors"}, "transformers_weights"),
@@ -206,11 +216,149 @@ def test_private_keys_that_transformers_writes_are_harmless(folder: Path) -> Non
     assert load_source(folder).architecture == "LlamaForCausalLM"
 
 
-def test_a_quantized_checkpoint(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq"})
+def test_code_of_its_own_is_refused_unless_asked_for(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.LlamaForCausalLM"})
     expect(
         ModelSourceError,
-        f"{folder / 'config.json'} describes a model that is quantized already (`quantization_config`): "
+        f"{folder / 'config.json'} names Python code of its own (`auto_map`): remove that key to load it "
+        "with transformers' own class, or, after reading the code, allow it with --trust-remote-code.",
+        lambda: load_source(folder),
+    )
+
+
+def test_transformers_own_class_is_preferred_to_trusted_code(llama: Path, folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.LlamaForCausalLM"})
+    (folder / "modeling.py").write_text("raise SystemExit('this code ran')")
+    source = load_source(folder, trust_remote_code=True)
+    assert type(source.model) is transformers.LlamaForCausalLM
+    assert torch.equal(source.model.lm_head.weight, load_source(llama).model.lm_head.weight)
+    assert "modeling.py" in source_digests(folder)
+    save_source(source, folder.parent / "out")
+    assert load_source(folder.parent / "out").architecture == "LlamaForCausalLM"
+
+
+@pytest.fixture
+def remote(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of a class that transformers does not have, with the code and a row for it."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers adds its cache of code
+    row = dataclasses.replace(architectures.lookup("LlamaForCausalLM"), name="RemoteForCausalLM")
+    monkeypatch.setitem(architectures.ROWS, row.name, row)
+    edit_config(
+        folder, architectures=[row.name], auto_map={"AutoModelForCausalLM": "modeling.RemoteForCausalLM"}
+    )
+    (folder / "modeling.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass RemoteForCausalLM(LlamaForCausalLM): pass\n"
+    )
+    return folder
+
+
+def test_trusted_code_runs_where_transformers_has_no_such_class(llama: Path, remote: Path) -> None:
+    source = load_source(remote, trust_remote_code=True)
+    assert source.architecture == type(source.model).__name__ == "RemoteForCausalLM"
+    assert type(source.model).__module__.startswith("transformers_modules.")
+    assert torch.equal(source.model.lm_head.weight, load_source(llama).model.lm_head.weight)
+
+
+def test_a_class_without_code(remote: Path) -> None:
+    config = json.loads((remote / "config.json").read_text())
+    del config["auto_map"]
+    (remote / "config.json").write_text(json.dumps(config))
+    expect(
+        ModelSourceError,
+        f"transformers has no class RemoteForCausalLM, and {remote} brings no code that may run: use a "
+        "checkpoint with an `auto_map`, and allow it with --trust-remote-code.",
+        lambda: load_source(remote, trust_remote_code=True),
+    )
+
+
+def test_code_that_gives_another_class(remote: Path) -> None:
+    (remote / "modeling.py").write_text(
+        "from transformers import LlamaForCausalLM\nclass Other(LlamaForCausalLM): pass\n"
+        "RemoteForCausalLM = Other\n"
+    )
+    expect(
+        ModelSourceError,
+        f"The code in {remote} gives a Other for RemoteForCausalLM: correct its `auto_map`.",
+        lambda: load_source(remote, trust_remote_code=True),
+    )
+
+
+def test_code_of_another_repository(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "someone/code--modeling.Model"})
+    expect(
+        ModelSourceError,
+        f"{folder / 'config.json'} takes its Python code from another repository "
+        "(`someone/code--modeling.Model`): copy the code into the model folder.",
+        lambda: load_source(folder, trust_remote_code=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"_attn_implementation_internal": "someone/kernel"}, "_attn_implementation_internal"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"text_config": {"auto_map": {}}}, "auto_map"),
+    ],
+)
+def test_trust_covers_the_auto_map_alone(folder: Path, changes: dict[str, Any], key: str) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}, **changes)
+    with pytest.raises(ModelSourceError, match=f"has the key `{key}`, through which"):
+        load_source(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "`quantization_config`, method gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "`quantization_config`, method awq"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "`quantization_config`, method bitsandbytes",
+        ),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "compressed-tensors"}}},
+            "`quantization_config`, method compressed-tensors",
+        ),
+        ({"compression_config": {"format": "dense"}}, "`compression_config`, no method given"),
+    ],
+)
+def test_a_quantized_checkpoint(folder: Path, changes: dict[str, Any], what: str) -> None:
+    edit_config(folder, **changes)
+    expect(
+        ModelSourceError,
+        f"{folder / 'config.json'} describes a model that is quantized already ({what}): "
+        "start from the full-precision checkpoint.",
+        lambda: load_source(folder),
+    )
+
+
+FP8 = torch.zeros(4, 4).to(torch.float8_e4m3fn)
+BYTES = torch.zeros(4, 4, dtype=torch.uint8)
+GATE = "model.layers.0.mlp.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "why"),
+    [
+        (f"{GATE}.qweight", BYTES.int(), "GPTQ or AWQ"),
+        (f"{GATE}.SCB", torch.ones(4), "bitsandbytes, 8 bits"),
+        (f"{GATE}.weight.absmax", torch.ones(4), "bitsandbytes, 4 bits"),
+        (f"{GATE}.weight_packed", BYTES.int(), "compressed-tensors"),
+        (f"{GATE}.weight_scale_inv", torch.ones(4), "fp8"),
+        (f"{GATE}.weight", FP8, "dtype F8_E4M3"),
+        (f"{GATE}.weight", BYTES, "dtype U8"),
+        (f"{GATE}.codes", BYTES.char(), "dtype I8"),
+    ],
+)
+def test_quantized_tensors_that_the_config_keeps_quiet_about(
+    folder: Path, name: str, tensor: torch.Tensor, why: str
+) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+    expect(
+        ModelSourceError,
+        f"{folder / 'model.safetensors'} holds weights that are quantized already (`{name}`: {why}): "
         "start from the full-precision checkpoint.",
         lambda: load_source(folder),
     )
@@ -220,9 +368,8 @@ def test_an_unsupported_architecture_names_the_supported_ones(folder: Path) -> N
     edit_config(folder, architectures=["T5ForConditionalGeneration"])
     expect(
         UnsupportedArchitectureError,
-        "Architecture `T5ForConditionalGeneration` is not supported: expected one of LlamaForCausalLM, "
-        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, GraniteForCausalLM, "
-        "Phi3ForCausalLM.",
+        "Architecture `T5ForConditionalGeneration` is not supported: expected one of "
+        f"{', '.join(architectures.ROWS)}.",
         lambda: load_source(folder),
     )
 
@@ -269,12 +416,12 @@ def test_no_weights_at_all(folder: Path) -> None:
     )
 
 
-def test_an_adapter_is_not_a_model(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
+def test_gguf_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
     expect(
         ModelSourceError,
-        f"{folder} holds a PEFT adapter, not a whole model: merge it (`merge_and_unload`) and save the "
-        "merged model.",
+        f"{folder} holds its weights as GGUF (model-q4.gguf), made for llama.cpp and mostly quantized: "
+        "start from the safetensors checkpoint that it was converted from.",
         lambda: load_source(folder),
     )
 
@@ -290,8 +437,98 @@ def test_truncated_safetensors(folder: Path, keep_frac: float) -> None:
     assert str(caught.value).endswith("): copy it again.")
 
 
+def raw(header: bytes, *, length: int | None = None, data: bytes = b"") -> bytes:
+    """A safetensors file with any header; `length` is what it claims the header's length to be."""
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def entry(*offsets: int) -> bytes:
+    return json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "header too small"),
+        (raw(b'{"x": '), "invalid JSON in header"),
+        (raw(b"[]"), "invalid JSON in header"),
+        (raw(b"{}", length=1 << 62), "header too large"),
+        (raw(b"{}", length=1000), "invalid header length"),
+        (raw(entry(0, 8), data=bytes(4)), "file not fully covered"),
+        (raw(entry(8, 16), data=bytes(16)), "invalid offset for tensor `x`"),
+        (raw(entry(0, 4), data=bytes(4)), "invalid shape, data type, or offset"),
+    ],
+)
+def test_corrupt_safetensors(folder: Path, content: bytes, reason: str) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelSourceError) as caught:
+        load_source(folder)
+    assert str(caught.value).startswith(f"{path} is not a complete safetensors file (")
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith("): copy it again.")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite(folder: Path, value: float, dtype: torch.dtype) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+        tensors[f"{GATE}.weight"][3, 5] = value
+
+    change_tensors(folder, spoil)
+    expect(
+        ModelSourceError,
+        f"`{GATE}.weight` in {folder} has values that are not finite: use a checkpoint whose training did "
+        "not diverge, or copy it again.",
+        lambda: load_source(folder),
+    )
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """Split the weights of `folder`; gives the index's map from tensor to file."""
+    source = load_source(folder)
+    (folder / "model.safetensors").unlink()
+    source.model.save_pretrained(folder, max_shard_size="20KB")
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return weight_map
+
+
+def test_an_index_that_names_a_tensor_that_its_shard_lacks(folder: Path) -> None:
+    weight_map = sharded(folder)
+    first, last = min(weight_map.values()), max(weight_map.values())
+    moved = min(name for name, file in weight_map.items() if file == last)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, moved: first}}))
+    expect(
+        ModelSourceError,
+        f"{folder / INDEX} says that `{moved}` is in {first}, which does not hold it: copy the whole "
+        "model.",
+        lambda: load_source(folder),
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"x": 5}}', '{"weight_map": []}'])
+def test_an_unreadable_index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(content)
+    with pytest.raises(ModelSourceError) as caught:
+        load_source(folder)
+    assert str(caught.value).startswith(f"{folder / INDEX} is not a readable index of weight files (")
+    assert str(caught.value).endswith("): save the model again.")
+
+
+def test_an_empty_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text('{"weight_map": {}}')
+    expect(
+        ModelSourceError,
+        f"{folder / INDEX} lists no weight file: copy the whole model.",
+        lambda: load_source(folder),
+    )
+
+
 def test_missing_tensors(folder: Path) -> None:
-    drop_tensor(folder, "model.layers.1.mlp.up_proj.weight")
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     expect(
         ModelSourceError,
         f"The weights in {folder} lack 1 tensors that LlamaForCausalLM needs "
@@ -301,14 +538,46 @@ def test_missing_tensors(folder: Path) -> None:
     )
 
 
-def test_tensors_that_nobody_asked_for(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=1)
-    with pytest.raises(ModelSourceError, match="have 9 tensors that LlamaForCausalLM does not know"):
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [(1, "have 9 tensors that LlamaForCausalLM does not know"), (3, "lack 9 tensors that")],
+)
+def test_a_config_with_another_number_of_layers(folder: Path, layers: int, why: str) -> None:
+    edit_config(folder, num_hidden_layers=layers)
+    with pytest.raises(ModelSourceError) as caught:
         load_source(folder)
+    assert f"The weights in {folder} {why}" in str(caught.value)
+    assert f"the first is `model.layers.{min(layers, 2)}." in str(caught.value)
 
 
-def test_weights_of_another_shape(folder: Path) -> None:
-    edit_config(folder, intermediate_size=48)
+MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "found", "wanted", "count"),
+    [
+        ({"hidden_size": 40}, "model.embed_tokens.weight", "300 x 32", "300 x 40", 20),
+        ({"vocab_size": 310}, "model.embed_tokens.weight", "300 x 32", "310 x 32", 1),
+        ({"intermediate_size": 48}, f"{MLP}.down_proj.weight", "32 x 64", "32 x 48", 6),
+        ({"num_attention_heads": 8}, f"{ATTENTION}.o_proj.weight", "32 x 64", "32 x 128", 4),
+        ({"num_key_value_heads": 4}, f"{ATTENTION}.k_proj.weight", "32 x 32", "64 x 32", 4),
+    ],
+    ids=["hidden", "vocabulary", "mlp", "heads", "kv heads"],
+)
+def test_a_config_that_contradicts_the_weights(
+    folder: Path, changes: dict[str, int], name: str, found: str, wanted: str, count: int
+) -> None:
+    edit_config(folder, **changes)
+    expect(
+        ModelSourceError,
+        f"{folder / 'config.json'} contradicts the weights: `{name}` is {found} in the file and {wanted} "
+        f"by the config (one of {count} that differ): use the config that belongs to these weights.",
+        lambda: load_source(folder),
+    )
+
+
+def test_a_config_that_transformers_cannot_read(folder: Path) -> None:
+    edit_config(folder, hidden_size="wide")
     with pytest.raises(ModelSourceError) as caught:
         load_source(folder)
     assert str(caught.value).startswith(f"transformers could not load the LlamaForCausalLM in {folder} (")

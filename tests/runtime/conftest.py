@@ -1,12 +1,14 @@
-"""One tiny random Llama, exported once through Optimum, and its torch original as the reference."""
+"""One tiny random Llama, exported through Optimum and fused, and its torch original as the reference."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Semaphore
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ from numpy.typing import NDArray
 from optimum.exporters.onnx import main_export
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from holdfast.runtime.graph import Cache, DecoderGraph
+from holdfast.exporter.export import export_model
+from holdfast.recipe import ExportConfig
+from holdfast.runtime.cache import Cache
+from holdfast.runtime.graph import DecoderGraph
 from holdfast.runtime.session import OnnxLanguageModel
 from tests.tiny import tiny_llama
 
@@ -44,6 +49,20 @@ def exported(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fused(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with its attention as one operator."""
+    return export(source, tmp_path_factory.mktemp("fused"), target="cpu-x86")
+
+
+def export(source: Path, out: Path, *, target: Literal["cpu-x86", "portable"]) -> Path:
+    """An exported folder as `holdfast export` writes it."""
+    export_model(source, out, ExportConfig(target=target))
+    if not (out / "config.json").is_file():
+        shutil.copy(source / "config.json", out)
+    return out
+
+
+@pytest.fixture(scope="session")
 def model(exported: Path) -> OnnxLanguageModel:
     return OnnxLanguageModel.open(exported, threads=1, name="tiny")
 
@@ -63,11 +82,16 @@ class SteppedGraph(DecoderGraph):
     leave: Semaphore
 
     def forward(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Cache
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        cache: Cache,
+        *,
+        keep: int | None = None,
     ) -> tuple[NDArray[np.float32], Cache]:
         if not self.leave.acquire(timeout=20):
             raise TimeoutError("the test never let this token through")
-        return super().forward(input_ids, attention_mask, cache)
+        return super().forward(input_ids, attention_mask, cache, keep=keep)
 
 
 def stepped(model: OnnxLanguageModel) -> tuple[OnnxLanguageModel, Semaphore]:

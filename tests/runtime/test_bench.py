@@ -24,6 +24,7 @@ def test_a_report_holds_together(model: OnnxLanguageModel, exported: Path) -> No
     assert report.prefill_tokens_per_s.median == pytest.approx(16 / first.median)
     assert report.decode_tokens_per_s.lowest > 0
     assert report.environment["threads"] == 1
+    assert (report.cache.dtype, report.cache.shared) == ("float32", False)
     assert json.loads(json.dumps(report.to_dict()))["prompt_tokens"] == 16
 
 
@@ -34,6 +35,15 @@ def test_several_folders_are_compared_with_the_first(exported: Path) -> None:
     assert sum("tokens/s" in line for line in lines) == 4
     (ratio,) = [line for line in lines if "against" in line]
     assert "size x1.00" in ratio
+
+
+def test_the_cache_is_told(fused: Path) -> None:
+    """2 layers x key and value x 2 heads x 16 floats are 512 bytes a token."""
+    (report,) = bench_folders([fused], prompt_tokens=8, new_tokens=4, repeats=1, threads=1)
+    assert (report.cache.shared, report.cache.largest_bytes) == (True, 12 * 512)
+    (line,) = [line for line in bench_lines([report]) if "KV cache" in line]
+    assert line.endswith("0.0 MiB of float32, one buffer")
+    assert report.to_dict()["cache"]["dtype"] == "float32"
 
 
 def test_what_cannot_be_measured_is_refused(model: OnnxLanguageModel) -> None:

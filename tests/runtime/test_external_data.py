@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from holdfast.errors import ExecutionError
+from holdfast.exporter.ort_format import write_ort_format
 from holdfast.runtime.external_data import external_locations, graph_files
+from holdfast.runtime.graph import DecoderGraph
 from holdfast.runtime.session import OnnxLanguageModel
 
 
@@ -118,6 +121,45 @@ def test_a_model_with_its_weights_beside_it_runs(
     other = OnnxLanguageModel.open(tmp_path, threads=1)
     prompts = [[20, 21, 22], [9]]
     assert (other.next_token_logits(prompts) == model.next_token_logits(prompts)).all()
+
+
+def test_ort_format_runs_where_there_is_no_other_graph(fused: Path, tmp_path: Path) -> None:
+    """Metadata and optional inputs survive the conversion: buffer and last positions work as before."""
+    folder = Path(shutil.copytree(fused, tmp_path / "mobile"))
+    write_ort_format(folder, atol=1e-3, arm=False)
+    both = OnnxLanguageModel.open(folder, threads=1)
+    assert both.graph.path.name == "model.onnx"
+    (folder / "model.onnx").unlink()
+    assert [path.name for path in graph_files(folder)] == ["model.ort"]
+    alone = OnnxLanguageModel.open(folder, threads=1)
+    assert alone.graph.path.name == "model.ort"
+    assert alone.graph.shares_cache
+    assert alone.graph.takes_keep
+    prompts = [[20, 21, 22], [9]]
+    assert alone.generate(prompts, max_new_tokens=12) == both.generate(prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("content", [b"", b"ORTM", b"\x08\x0a onnx, really"])
+def test_a_file_that_is_not_in_ort_format_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.ort").write_bytes(content)
+    with pytest.raises(ExecutionError, match=r"model\.ort is not a file in ORT format"):
+        graph_files(tmp_path)
+
+
+def test_a_damaged_file_in_ort_format_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model.ort").write_bytes(b"\x24\0\0\0ORTM" + bytes(200))
+    with pytest.raises(ExecutionError, match=r"could not load .*model\.ort") as caught:
+        DecoderGraph.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ort_format_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "other.ort").write_bytes(b"\x24\0\0\0ORTM")
+    (folder / "model.ort").symlink_to(tmp_path / "other.ort")
+    with pytest.raises(ExecutionError, match="outside its folder"):
+        graph_files(folder)
 
 
 @given(noise=st.binary(min_size=1, max_size=60), at=st.integers(0, 120))

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from transformers import PreTrainedModel
 
 from holdfast.errors import ExecutionError, InputError, ModelSourceError, TokenizerError
-from holdfast.runtime.session import OnnxLanguageModel, context_tokens, logprobs_of
+from holdfast.runtime.session import OnnxLanguageModel, attention_heads, context_tokens, logprobs_of
 
 PROMPTS = [[20, 31, 5], [7], list(range(40, 71)), [99, 98, 97, 96, 12, 13]]
 ATOL = 1e-4  # fp32 on both sides, logits of the order of 1
@@ -187,7 +187,7 @@ def test_open_names_what_is_missing(exported: Path, tmp_path: Path) -> None:
         OnnxLanguageModel.open(tmp_path)
     copy = shutil.copytree(exported, tmp_path / "m")
     (copy / "model.onnx").unlink()
-    with pytest.raises(ExecutionError, match=r"Expected model\.onnx in .*, found none"):
+    with pytest.raises(ExecutionError, match=r"Expected model\.onnx or model\.ort in .*, found none"):
         OnnxLanguageModel.open(copy)
 
 
@@ -211,6 +211,20 @@ def test_a_config_without_a_context_length_is_refused(tmp_path: Path, text: str)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelSourceError, match="states no context length"):
         context_tokens(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "n_head", "num_heads"])
+def test_attention_heads_come_from_the_config(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({key: 12}))
+    assert attention_heads(tmp_path) == 12
+    with pytest.raises(ModelSourceError, match="states no context length"):
+        context_tokens(tmp_path)
+
+
+def test_a_config_without_heads_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_positions": 8}')
+    with pytest.raises(ModelSourceError, match="states no number of attention heads"):
+        attention_heads(tmp_path)
 
 
 def test_an_unreadable_config_is_refused(tmp_path: Path) -> None:

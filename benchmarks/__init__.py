@@ -1,0 +1,1 @@
+"""Speed and memory against Optimum and onnxruntime-genai; not installed."""
