@@ -24,9 +24,10 @@ OPSET = 17  # of the plain graph
 
 @dataclass
 class Clock:
-    """Seconds of the phases that follow each other."""
+    """Seconds of the phases that follow each other, and the process's peak memory at the end of each."""
 
     phases: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     _name: str = ""
     _since: float = 0.0
 
@@ -35,6 +36,7 @@ class Clock:
         now = time.perf_counter()
         if self._name:
             self.phases[self._name] = self.phases.get(self._name, 0.0) + now - self._since
+            self.peaks[self._name] = peak_bytes()
         self._name, self._since = name, now
 
     @contextmanager
@@ -43,6 +45,11 @@ class Clock:
         self.phase(first)
         yield
         self.phase("")
+
+
+def peak_bytes() -> int:
+    """Most resident memory of this process so far."""
+    return own_memory(PROCESS_STATUS.read_text(encoding="ascii")).peak_resident_bytes
 
 
 def holdfast_graph(source: Path, out: Path, clock: Clock) -> None:
@@ -115,11 +122,11 @@ def main(arguments: list[str]) -> None:
     variant, source, out = arguments
     clock = Clock()
     VARIANTS[variant](Path(source), Path(out), clock)
-    memory = own_memory(PROCESS_STATUS.read_text(encoding="ascii"))
     found = {
         "phases": clock.phases,
         "seconds": sum(clock.phases.values()),
-        "peak_resident_bytes": memory.peak_resident_bytes,
+        "peaks": clock.peaks,
+        "peak_resident_bytes": peak_bytes(),
         "written_bytes": sum(path.stat().st_size for path in Path(out).iterdir()),
     }
     print(json.dumps(found))

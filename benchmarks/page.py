@@ -94,8 +94,10 @@ def _graphs(size: str, result: dict[str, Any]) -> str:
 
 
 def _exports(size: str, result: dict[str, Any]) -> str:
-    written = f"Weights: {result['weight_bytes']:,} bytes, {result['repeats']} exports each."
-    return "\n".join([f"### {NAMES[size]}", "", exports_table(result), "", written])
+    lines = [f"### {NAMES[size]}", "", exports_table(result), ""]
+    lines += [f"{name}: not measured, {why}.\n" for name, why in result["not_measured"].items()]
+    lines.append(f"Weights: {result['weight_bytes']:,} bytes, {result['repeats']} exports each.")
+    return "\n".join(lines)
 
 
 def write_page(work: Path, sizes: tuple[str, ...], out: Path) -> str:

@@ -51,18 +51,18 @@ def exports_table(result: dict[str, Any]) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     for run in result["runs"]:
         runs.setdefault(run["variant"], []).append(run)
-    first = next(iter(runs.values()))
+    first = next(iter(runs.values()), [])
     header = [
         "export",
         "seconds",
         "x first row",
         "peak resident / weights",
         "peak anonymous / weights",
-        "phases, s",
+        "phases: s (peak by then, MiB)",
     ]
-    return table(
-        header, [_export_row(name, own, first, result["weight_bytes"]) for name, own in runs.items()]
-    )
+    rows = [_export_row(name, own, first, result["weight_bytes"]) for name, own in runs.items()]
+    rows += [[name, "not measured", *["-"] * (len(header) - 2)] for name in result["not_measured"]]
+    return table(header, rows)
 
 
 def _export_row(
@@ -73,13 +73,16 @@ def _export_row(
         f"{statistics.median(run[field] / weight_bytes for run in runs):.2f}"
         for field in ("peak_resident_bytes", "peak_anonymous_bytes")
     ]
-    phases = {phase: statistics.median(run["phases"][phase] for run in runs) for phase in runs[0]["phases"]}
+    phases = {
+        phase: [statistics.median(run[what][phase] for run in runs) for what in ("phases", "peaks")]
+        for phase in runs[0]["phases"]
+    }
     return [
         name,
         spread([run["seconds"] for run in runs], digits=1),
         spread(ratios),
         *peaks,
-        ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items()),
+        ", ".join(f"{phase} {seconds:.1f} ({mib(peak)})" for phase, (seconds, peak) in phases.items()),
     ]
 
 

@@ -27,6 +27,7 @@ from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
 from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.finish import finish_artifact
 from holdfast.quantize.record import Candidate, read_record
 from holdfast.quantize.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
@@ -123,9 +124,7 @@ def _reference_export(job: Job, runner: StepRunner) -> None:
     """The aligned model as an fp32 graph, and its answers: the noise floor of the comparison."""
 
     def work(folder: Path) -> dict[str, Any]:
-        report = export_source(
-            job.aligned, _made(folder / "onnx"), job.recipe.export, seed=job.recipe.seed
-        )
+        report = export_source(job.aligned, _made(folder / "onnx"), job.recipe.export, seed=job.recipe.seed)
         model = _artifact(job, folder / "onnx", "aligned (ONNX fp32)")
         save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / "answers")
         return _export_result(report)
@@ -183,28 +182,34 @@ def _quantize(job: Job, runner: StepRunner) -> None:
 
     def work(folder: Path) -> dict[str, Any]:
         calibrated, artifact = runner.folder("calibrate") / "model", _made(folder / "onnx")
-        report = quantize_bundle(runner.folder("export") / "onnx", artifact, calibrated, config)
-        result = {
+        exported = runner.folder("export") / "onnx"
+        report = quantize_bundle(exported, artifact, calibrated, config)
+        simulation = {} if config.scheme == "none" else _simulation(job, calibrated, artifact)
+        report = finish_artifact(exported, artifact, report, config)
+        return {
             "scheme": report.scheme,
             "backend": report.backend,
             "ranges_from": report.ranges_from,
+            "kv_cache": report.kv_cache,
             "bytes_before": report.bytes_before,
             "bytes_after": report.bytes_after,
-        }
-        if config.scheme == "none":
-            return result
-        ids = chat_prompts(job.aligned.tokenizer, [p.prompt for p in job.prompts[:SIMULATED_PROMPTS]])
-        ranges = read_record(calibrated).activation_ranges
-        agreement = check_simulation(job.load(calibrated), ranges, artifact, config, ids)
-        return {
-            **result,
-            "simulation_max_abs": agreement.max_abs,
-            "simulation_within_frac": agreement.within_frac,
-            "simulation_same_top_frac": agreement.same_top_frac,
-            "simulation_positions": agreement.positions,
+            **simulation,
         }
 
     runner.run("quantize", encode(config), [runner.key("export")], work)
+
+
+def _simulation(job: Job, calibrated: Path, artifact: Path) -> dict[str, Any]:
+    """How closely the artifact follows the simulation, while its KV cache is still fp32."""
+    ids = chat_prompts(job.aligned.tokenizer, [p.prompt for p in job.prompts[:SIMULATED_PROMPTS]])
+    ranges = read_record(calibrated).activation_ranges
+    agreement = check_simulation(job.load(calibrated), ranges, artifact, job.recipe.quantize, ids)
+    return {
+        "simulation_max_abs": agreement.max_abs,
+        "simulation_within_frac": agreement.within_frac,
+        "simulation_same_top_frac": agreement.same_top_frac,
+        "simulation_positions": agreement.positions,
+    }
 
 
 def _evaluate(job: Job, runner: StepRunner) -> None:

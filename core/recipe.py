@@ -23,6 +23,10 @@ TargetName = Literal["cpu-x86", "cpu-arm64", "web", "mobile", "portable"]
 TARGETS: tuple[str, ...] = get_args(TargetName)
 
 
+KVCache = Literal["fp32", "fp16", "int8"]
+KV_CACHES: tuple[str, ...] = get_args(KVCache)
+
+
 class PruneConfig(Config, frozen=True):
     """Unstructured pruning of the linear layers inside the decoder blocks.
 
@@ -102,6 +106,8 @@ class QuantizeConfig(Config, frozen=True):
             QuantizeLinear: the damage is real, the kernel is still the 8-bit one.
         block_size: weights that share a scale, for `w4`.
         accuracy_level: compute type inside MatMulNBits, for `w4`: 0 unset, 1 fp32, 4 int8.
+        kv_cache: what the artifact keeps of past tokens: `fp32`, `fp16` (attention computes in it as
+            well) or `int8` (one scale a layer for keys and one for values). Needs a fused graph.
         exclude: module paths (shell patterns, for example `lm_head`) left in fp32.
         agreement_frac: smallest share of positions that passes where simulation and artifact choose the
             same next token, and where all their logits are within `atol`.
@@ -113,6 +119,7 @@ class QuantizeConfig(Config, frozen=True):
     activation_bits: Annotated[int, Meta(ge=2, le=8)] = 8
     block_size: Literal[16, 32, 64, 128] = 32
     accuracy_level: Literal[0, 1, 4] = 4
+    kv_cache: KVCache = "fp32"
     exclude: tuple[str, ...] = ()
     agreement_frac: Fraction = 0.99
     atol: PositiveFloat = 0.2

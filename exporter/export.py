@@ -36,7 +36,16 @@ EXTERNAL = "model.onnx_data"
 REPORT = "export.json"
 LARGEST_INLINE_BYTES = 1 << 30  # weights beyond it go into a file of their own; protobuf ends at 2 GB
 FUSED_OPSET = 18  # the oldest that torch's tracing of today writes
-VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+)
 # Rotary embeddings whose frequencies depend on the length of the input: tracing freezes one length.
 UNTRACEABLE_ROPE = ("dynamic", "longrope")
 
@@ -118,7 +127,8 @@ def export_model(
 
     Raises:
         InputError: the source cannot be used; see `load_source`.
-        ExportError: the model cannot be traced, the graph is not the model, or the target lacks an operator.
+        ExportError: the model cannot be traced, the graph is not the model, or the target lacks an
+            operator.
         ParityError: a check of the proof failed; see `prove`.
         DiskFullError: no space left.
     """
@@ -229,8 +239,8 @@ def _write_graph(
         return GraphForm("plain", why_plain, ()), write_plain(source, out / GRAPH, opset=opset)
     if opset < FUSED_OPSET:
         raise ExportError(
-            f"The target {target.name} needs opset {FUSED_OPSET} or newer, found {opset}: leave the opset to the "
-            "target, or export with `--target portable`."
+            f"The target {target.name} needs opset {FUSED_OPSET} or newer, found {opset}: leave the opset to "
+            "the target, or export with `--target portable`."
         )
     graph = fused_graph(source.model, opset=opset, positions=source.model.config.max_position_embeddings)
     save_graph(graph.model, out)
@@ -249,7 +259,8 @@ def _why_plain(source: SourceModel, target: Target) -> str | None:
 
 def save_graph(model: ir.Model, out: Path) -> None:
     """Write model.onnx, its weights once and one at a time; beyond 1 GiB into a file beside it."""
-    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_INLINE_BYTES
+    weights = (value.const_value for value in model.graph.initializers.values())
+    large = sum(tensor.nbytes for tensor in weights if tensor is not None) > LARGEST_INLINE_BYTES
     with disk_errors(out):
         ir.save(model, out / GRAPH, external_data=EXTERNAL if large else None)
 
@@ -257,8 +268,9 @@ def save_graph(model: ir.Model, out: Path) -> None:
 def _origin(source: SourceModel) -> dict[str, str | None]:
     """Hub name and commit; a local path says nothing to another machine."""
     first = source.origins[0] if source.origins else None
-    known = first is not None and first.revision is not None
-    return {"name": first.name if known else None, "revision": first.revision if known else None}
+    if first is None or first.revision is None:
+        return {"name": None, "revision": None}
+    return {"name": first.name, "revision": first.revision}
 
 
 def _ignore(stage: str) -> None:

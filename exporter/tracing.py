@@ -322,9 +322,10 @@ def _name_interface(graph: ir.Graph, layers: int) -> None:
 
 def _name_modules(graph: ir.Graph) -> None:
     """Note on every node the path of the module that it was traced in; all other metadata goes."""
+    graph.metadata_props.clear()
     values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
-    for owner in (graph, *values):
-        owner.metadata_props.clear()
+    for value in values:
+        value.metadata_props.clear()
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         modules = [scope for scope in scopes[:-1] if scope.startswith(WRAPPER)]  # the last is the node

@@ -16,12 +16,10 @@ from holdfast.chat import ChatTokenizer
 from holdfast.config import Config
 from holdfast.errors import ExecutionError, QuantizationError
 from holdfast.exporter.export import EXTERNAL, GRAPH, LARGEST_INLINE_BYTES, graph_bytes, read_export
-from holdfast.exporter.genai import name_graph
 from holdfast.exporter.graph import GraphLinear
-from holdfast.exporter.ort_format import OPERATORS_FILE, ORT_FILE, write_ort_format
+from holdfast.exporter.ort_format import OPERATORS_FILE, ORT_FILE
 from holdfast.exporter.parity import open_session
 from holdfast.exporter.passes.gather_first import gather_first
-from holdfast.exporter.targets import Target, lookup_target
 from holdfast.files import disk_errors, write_text
 from holdfast.quantize.backends import inc, ort
 from holdfast.quantize.graph import Graph, histogram, read_blocks, read_static
@@ -37,7 +35,6 @@ from holdfast.quantize.record import (
 )
 from holdfast.quantize.sequences import chat_prompts
 from holdfast.recipe import QuantizeConfig
-from holdfast.runtime.external_data import graph_files
 
 REPORT = "quantize.json"
 MINMAX_PROMPTS = 96
@@ -74,6 +71,7 @@ class QuantizeReport(Config, frozen=True):
         float32: module paths of linears left in float32.
         operators: operator type -> nodes in the artifact's graph.
         bytes_before, bytes_after: graph with its external data.
+        kv_cache: type of the keys and values that decoding keeps.
     """
 
     scheme: str
@@ -84,6 +82,7 @@ class QuantizeReport(Config, frozen=True):
     operators: dict[str, int]
     bytes_before: int
     bytes_after: int
+    kv_cache: str = "fp32"
     accuracy_level: int | None = None
     versions: dict[str, str] = {}
 
@@ -107,6 +106,11 @@ def quantize_bundle(
     """
     export = read_export(export_folder)
     paths = quantized_paths(list(export.modules), config.exclude)
+    if config.kv_cache != "fp32" and export.graph.form == "plain":
+        raise QuantizationError(
+            f"`kv_cache: {config.kv_cache}` needs attention as one operator, and this is a plain graph "
+            f"({export.graph.why_plain}): leave the cache in fp32."
+        )
     require_whole_products(export.modules, paths)
     modules = {path: export.modules[path] for path in paths}
     model = onnx.load(export_folder / GRAPH)
@@ -120,11 +124,10 @@ def quantize_bundle(
         interface.graph.input.extend(model.graph.input)
         quantized = gather_first(_quantized(model, export_folder, modules, ranges, config))
         _keep_interface(quantized, interface)
-        _save(quantized, out)
+        save_graph(quantized, out)
         _require_loads(out)
         tensors = _read_back(onnx.load(out / GRAPH), modules, ranges, config)
     operators = histogram(onnx.load(out / GRAPH, load_external_data=False))
-    _settle_format(out, lookup_target(export.target), config)
     report = QuantizeReport(
         scheme=config.scheme,
         backend=config.backend if tensors else "none",
@@ -133,11 +136,11 @@ def quantize_bundle(
         float32=tuple(path for path in export.modules if path not in tensors),
         operators=operators,
         bytes_before=graph_bytes(export_folder),
-        bytes_after=sum(path.stat().st_size for path in graph_files(out)),
+        bytes_after=graph_bytes(out),
         accuracy_level=config.accuracy_level if config.scheme == "w4" else None,
         versions=_versions(config) if tensors else {},
     )
-    _write_report(report, out)
+    write_report(report, out)
     return report
 
 
@@ -212,22 +215,13 @@ def _copy_graph(export_folder: Path, out: Path) -> None:
                 shutil.copyfile(export_folder / name, out / name)
 
 
-def _save(model: onnx.ModelProto, out: Path) -> None:
+def save_graph(model: onnx.ModelProto, out: Path) -> None:
     """Weights beyond 1 GiB go into one file beside the graph."""
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_INLINE_BYTES
     with disk_errors(out):
         onnx.save_model(
             model, out / GRAPH, save_as_external_data=large, location=EXTERNAL if large else None
         )
-
-
-def _settle_format(out: Path, target: Target, config: QuantizeConfig) -> None:
-    """Leave the one file that is deployed: a reduced build reads ORT format alone."""
-    if target.ort_format:
-        write_ort_format(out, atol=config.atol)
-        for name in (GRAPH, EXTERNAL):
-            (out / name).unlink(missing_ok=True)
-        name_graph(out, ORT_FILE)
 
 
 def _keep_interface(model: onnx.ModelProto, interface: onnx.ModelProto) -> None:
@@ -331,6 +325,7 @@ def _versions(config: QuantizeConfig) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _write_report(report: QuantizeReport, out: Path) -> None:
+def write_report(report: QuantizeReport, out: Path) -> None:
+    """Write quantize.json."""
     text = msgspec.json.format(msgspec.json.encode(report, order="sorted"), indent=2)
     write_text(out / REPORT, text.decode("utf-8") + "\n")

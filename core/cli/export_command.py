@@ -100,8 +100,8 @@ def _refuse_source_options(options: dict[str, Any]) -> None:
     given = [name for name, value in options.items() if value]
     if given:
         raise UsageError(
-            f"--{given[0].replace('_', '-')} is for causal language models, and this is a sequence classifier: "
-            "leave it out."
+            f"--{given[0].replace('_', '-')} is for causal language models, and this is a sequence "
+            "classifier: leave it out."
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from holdfast.files import to_json
-from holdfast.recipe import TARGETS, ExportConfig, QuantizeConfig
+from holdfast.recipe import KV_CACHES, TARGETS, ExportConfig, QuantizeConfig
 
 if TYPE_CHECKING:
     from holdfast.exporter.source import SourceModel
@@ -36,6 +36,13 @@ target_option = click.option(
     default=ExportConfig().target,
     show_default=True,
     help="Where the graph is to run; `portable` uses ONNX's own operators alone.",
+)
+kv_cache_option = click.option(
+    "--kv-cache",
+    type=click.Choice(KV_CACHES),
+    default=QuantizeConfig().kv_cache,
+    show_default=True,
+    help="Type of the keys and values that decoding keeps.",
 )
 calibration_data_option = click.option(
     "--calibration-data",

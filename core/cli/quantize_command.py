@@ -11,6 +11,7 @@ from holdfast.cli.options import (
     FOLDER,
     emit,
     json_option,
+    kv_cache_option,
     out_option,
     overwrite_option,
     quantization_options,
@@ -40,6 +41,7 @@ from holdfast.recipe import QuantizeConfig
     show_default=True,
     help="Compute type inside MatMulNBits: 0 unset, 1 fp32, 4 int8.",
 )
+@kv_cache_option
 @overwrite_option
 @json_option
 def command(
@@ -53,15 +55,17 @@ def command(
     if flags["backend"] == "inc":
         require_extra("inc", "`--backend inc`")
     from holdfast.quantize.artifact import quantize_bundle
+    from holdfast.quantize.finish import finish_artifact
 
     settings = {**flags, "accuracy_level": int(flags["accuracy_level"]), "exclude": list(flags["exclude"])}
     config = decode(settings, QuantizeConfig, what="command line")
     with atomic_folder(out, overwrite=overwrite) as fresh:
         report = quantize_bundle(exported, fresh, calibration, config)
+        report = finish_artifact(exported, fresh, report, config)
     operators = ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))
     lines = [
         f"{out}: {report.scheme} by {report.backend}, ranges from {report.ranges_from}, "
-        f"{report.bytes_before:,} -> {report.bytes_after:,} bytes",
+        f"{report.bytes_before:,} -> {report.bytes_after:,} bytes, {report.kv_cache} KV cache",
         f"  {len(report.tensors)} linear layers quantized, {len(report.float32)} left in fp32",
         f"  operators: {operators}",
     ]

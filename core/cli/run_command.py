@@ -10,7 +10,7 @@ import click
 from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option
 from holdfast.errors import ExitCode, UsageError
 from holdfast.extras import require_extra
-from holdfast.recipe import TARGETS, Recipe, anchored, make_recipe, read_recipe
+from holdfast.recipe import KV_CACHES, TARGETS, Recipe, anchored, make_recipe, read_recipe
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -30,6 +30,7 @@ FLAGS: dict[str, str] = {
     "calibration_data": "calibrate.data",
     "scheme": "quantize.scheme",
     "backend": "quantize.backend",
+    "kv_cache": "quantize.kv_cache",
     "activation_bits": "quantize.activation_bits",
     "suites": "evaluate.suites",
     "limit": "evaluate.limit",
@@ -53,6 +54,7 @@ FLAGS: dict[str, str] = {
 @click.option("--scheme", type=click.Choice(["w8a8", "w4", "none"]), help="Quantization scheme.")
 @click.option("--backend", type=click.Choice(["ort", "inc"]), help="Quantization backend.")
 @click.option("--activation-bits", type=int, help="Width of static activations, 2 to 8.")
+@click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Type of the cached keys and values.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME[=PATH]", help="Suite to run; repeatable.")
 @click.option("--limit", type=int, help="At most this many prompts a suite.")
 @click.option("--margin", type=float, help="Non-inferiority margin, as a fraction.")

@@ -1,7 +1,7 @@
 """Gather the rows of a quantized embedding first, and dequantize those alone.
 
-A quantizer puts DequantizeLinear between the table and its Gather, so that every token dequantizes the whole
-vocabulary. Element by element both orders compute the same.
+A quantizer puts DequantizeLinear between the table and its Gather, so that every token dequantizes the
+whole vocabulary. Element by element both orders compute the same.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnxscript.rewriter import pattern
+from onnx_ir.passes import common
 
 from holdfast.exporter.passes.constants import array_of
+from holdfast.exporter.passes.rule import Rule, maker, verdict
 
 
-class GatherFirst(pattern.RewriteRuleClassBase):
+class GatherFirst(Rule):
     """Gather(DequantizeLinear(table), ids) along the first axis, with one scale or one a column."""
 
     def __init__(self) -> None:
-        super().__init__("gather before dequantize", remove_nodes=False)
+        super().__init__("gather before dequantize")
 
     def pattern(self, op: Any, table: Any, ids: Any) -> Any:
         values = op.DequantizeLinear(
@@ -27,15 +28,14 @@ class GatherFirst(pattern.RewriteRuleClassBase):
         )
         return op.Gather(values, ids, _allow_other_attributes=True, _outputs=["rows"])
 
-    def check(self, context: Any, table: ir.Value, ids: ir.Value, values: ir.Value, rows: ir.Value) -> Any:
-        match = pattern.MatchResult()
-        reason = _reason(table, ids, values, rows)
-        return match.fail(reason) if reason else match
+    def check(self, context: Any, table: ir.Value, values: ir.Value, rows: ir.Value, **_: Any) -> Any:
+        return verdict(_reason(table, values, rows))
 
     def rewrite(self, op: Any, table: ir.Value, ids: ir.Value, values: ir.Value, **_: Any) -> Any:
-        dequantize: Any = values.producer()
+        dequantize = maker(values)
         attributes = dict(dequantize.attributes)
-        if array_of(dequantize.inputs[1]).ndim:  # type: ignore[union-attr]
+        scale = array_of(dequantize.inputs[1])
+        if scale is not None and scale.ndim:
             attributes["axis"] = ir.AttrInt64("axis", -1)  # columns come last in [batch, tokens, columns]
         return op.DequantizeLinear(op.Gather(table, ids), *dequantize.inputs[1:], **attributes)
 
@@ -47,13 +47,12 @@ def gather_first(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     graph = ir.from_proto(model)
     GatherFirst.rule().apply_to_model(graph)
-    ir.passes.common.RemoveUnusedNodesPass()(graph)
+    common.RemoveUnusedNodesPass()(graph)
     return ir.to_proto(graph)
 
 
-def _reason(table: ir.Value, ids: ir.Value, values: ir.Value, rows: ir.Value) -> str:
-    dequantize: Any = values.producer()
-    gather: Any = rows.producer()
+def _reason(table: ir.Value, values: ir.Value, rows: ir.Value) -> str:
+    dequantize, gather = maker(values), maker(rows)
     codes, scale = array_of(table), array_of(dequantize.inputs[1])
     if codes is None or scale is None or codes.ndim != 2:
         return "the table or its scale is not a constant matrix"

@@ -250,9 +250,7 @@ def test_weights_that_are_not_numbers(llama: Path, tmp_path: Path) -> None:
 
 
 def test_a_tolerance_below_rounding_fails(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ParityError, match=r"and 1e-12 is allowed \(check `prefill`"
-    ):
+    with pytest.raises(ParityError, match=r"and 1e-12 is allowed \(check `prefill`"):
         export(llama, tmp_path / "out", ExportConfig(atol=1e-12))
 
 
@@ -297,7 +295,9 @@ def test_a_foreign_report_is_refused(tmp_path: Path) -> None:
         read_export(tmp_path)
     for content in ("{}", "[", '{"modules": {}, "proof": {}}'):
         (tmp_path / "export.json").write_text(content)
-        with pytest.raises(ExportError, match=r"export\.json is not one that this version of `holdfast exp"):
+        with pytest.raises(
+            ExportError, match=r"export\.json is not one that this version of `holdfast exp"
+        ):
             read_export(tmp_path)
 
 

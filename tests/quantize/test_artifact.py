@@ -10,16 +10,19 @@ import onnxruntime as ort
 import pytest
 
 from holdfast.errors import CalibrationError, ParityError, QuantizationError
-from holdfast.exporter.export import read_export
+from holdfast.exporter.export import export_model, read_export
 from holdfast.exporter.parity import compare_logits
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact import QuantizeReport, quantize_bundle
+from holdfast.quantize.finish import finish_artifact
 from holdfast.quantize.graph import Graph, read_blocks, read_static
 from holdfast.quantize.record import CALIBRATION_FILE, read_record
 from holdfast.quantize.simulate import check_simulation, graph_logits, simulate, torch_logits
-from holdfast.recipe import QuantizeConfig
+from holdfast.recipe import ExportConfig, QuantizeConfig
+from holdfast.runtime.session import OnnxLanguageModel
 from tests.quantize.conftest import Case
 
 Ids = list[list[int]]
+PRODUCTS = 9  # two layers of QKV, output, gate with up, down; and the head
 
 
 def build(case: Case, out: Path, **changes: object) -> Path:
@@ -27,6 +30,10 @@ def build(case: Case, out: Path, **changes: object) -> Path:
     out.mkdir()
     quantize_bundle(case.exported, out, case.calibrated, msgspec.structs.replace(case.config, **changes))
     return out
+
+
+def read_report(folder: Path) -> QuantizeReport:
+    return msgspec.json.decode((folder / "quantize.json").read_bytes(), type=QuantizeReport)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a4"])
@@ -77,7 +84,7 @@ def test_runtime_fuses_integer_products(cases: dict[str, Case], tmp_path: Path) 
     options.log_severity_level = 3
     ort.InferenceSession(str(out / "model.onnx"), options, providers=["CPUExecutionProvider"])
     nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert nodes.count("MatMulIntegerToFloat") == 15
+    assert nodes.count("MatMulIntegerToFloat") == PRODUCTS
     assert "DequantizeLinear" not in nodes
 
 
@@ -89,20 +96,29 @@ def test_embedding_and_attention_stay_float(cases: dict[str, Case], tmp_path: Pa
     assert types[embedding] == onnx.TensorProto.FLOAT
     reads = [node for node in model.graph.node if embedding in node.input]
     assert [node.op_type for node in reads] == ["Gather"]
-    floats = [n for n in model.graph.node if n.op_type == "MatMul" and "proj" not in n.name]
     producers = {name: node.op_type for node in model.graph.node for name in node.output}
-    inner = [node for node in floats if "lm_head" not in node.name]
-    assert len(inner) == 5  # rotary embedding, and two in each attention
-    assert all(producers.get(n) != "DequantizeLinear" for node in inner for n in node.input)
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == 2
+    assert all(producers.get(name) != "DequantizeLinear" for node in attention for name in node.input)
 
 
-def test_excluded_linears_read_the_float_tensor(cases: dict[str, Case], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plain(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph in which every linear has a MatMul of its own."""
+    out = tmp_path_factory.mktemp("plain")
+    export_model(cases["w8a8"].calibrated, out, ExportConfig(target="portable"))
+    return out
+
+
+def test_excluded_linears_read_the_float_tensor(
+    cases: dict[str, Case], plain: Path, tmp_path: Path
+) -> None:
     """q_proj shares its input with k_proj and v_proj, which stay quantized."""
     case = cases["w8a8"]
     out, excluded = tmp_path / "out", "*.q_proj"
     out.mkdir()
     config = msgspec.structs.replace(case.config, exclude=(excluded, "lm_head"))
-    report = quantize_bundle(case.exported, out, None, config)
+    report = quantize_bundle(plain, out, None, config)
     assert report.ranges_from == "minmax"
     assert set(report.float32) == {
         "model.layers.0.self_attn.q_proj",
@@ -110,8 +126,63 @@ def test_excluded_linears_read_the_float_tensor(cases: dict[str, Case], tmp_path
         "lm_head",
     }
     graph = Graph(onnx.load(out / "model.onnx"))
-    linear = read_export(case.exported).modules["model.layers.0.self_attn.q_proj"]
+    linear = read_export(plain).modules["model.layers.0.self_attn.q_proj"]
     assert graph.producers[linear.output].input[0] == linear.input
+
+
+def test_a_part_of_a_packed_product_cannot_be_excluded(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["w8a8"]
+    config = msgspec.structs.replace(case.config, exclude=("*.q_proj",))
+    with pytest.raises(QuantizationError) as caught:
+        quantize_bundle(case.exported, tmp_path, None, config)
+    assert str(caught.value) == (
+        "`exclude` leaves out `model.layers.0.self_attn.q_proj`, which shares one MatMul with other "
+        "linears in this graph: exclude all of them, or export with `target: portable`."
+    )
+    whole = msgspec.structs.replace(case.config, exclude=("*.q_proj", "*.k_proj", "*.v_proj"))
+    assert len(quantize_bundle(case.exported, tmp_path, None, whole).tensors) == 9
+
+
+def test_a_graph_for_phones_is_one_file_in_ort_format(cases: dict[str, Case], tmp_path: Path) -> None:
+    case, exported, out = cases["w8a8"], tmp_path / "exported", tmp_path / "out"
+    exported.mkdir()
+    out.mkdir()
+    export_model(case.calibrated, exported, ExportConfig(target="mobile"))
+    report = quantize_bundle(exported, out, case.calibrated, case.config)
+    report = finish_artifact(exported, out, report, case.config)
+    names = {path.name for path in out.iterdir()}
+    assert {"model.ort", "required_operators.config"} < names
+    assert not {"model.onnx", "model.onnx_data"} & names
+    assert report.bytes_after == (out / "model.ort").stat().st_size
+    config = json.loads((out / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["filename"] == "model.ort"
+    ranges = case.calibration.record.activation_ranges
+    check_simulation(case.source, ranges, out, case.config, [[5, 40, 7, 11], [3, 9]])
+
+
+@pytest.mark.parametrize(("width", "bits"), [("fp16", 16), ("int8", 8)])
+def test_a_narrower_cache_keeps_most_next_tokens(
+    cases: dict[str, Case], token_ids: Ids, tmp_path: Path, width: str, bits: int
+) -> None:
+    case = cases["w8a8"]
+    out = build(case, tmp_path / "out", kv_cache=width)
+    config = msgspec.structs.replace(case.config, kv_cache=width)
+    before = OnnxLanguageModel.open(case.exported)
+    report = finish_artifact(case.exported, out, read_report(out), config)
+    after = OnnxLanguageModel.open(out)
+    assert (report.kv_cache, json.loads((out / "quantize.json").read_text())["kv_cache"]) == (width, width)
+    assert after.graph.cache_token_bytes == before.graph.cache_token_bytes * bits // 32
+    float_cache = OnnxLanguageModel.open(build(case, tmp_path / "float"))
+    same = float_cache.next_token_logits(token_ids).argmax(-1) == after.next_token_logits(token_ids).argmax(
+        -1
+    )
+    assert same.mean() >= 0.9
+
+
+def test_a_plain_graph_has_no_cache_to_narrow(cases: dict[str, Case], plain: Path, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(cases["w8a8"].config, kv_cache="int8")
+    with pytest.raises(QuantizationError, match=r"`kv_cache: int8` needs attention as one operator"):
+        quantize_bundle(plain, tmp_path, None, config)
 
 
 def test_without_calibration_ranges_are_minmax(
@@ -130,7 +201,8 @@ def test_report_accounts_for_the_artifact(cases: dict[str, Case], tmp_path: Path
     case = cases["w4"]
     out = build(case, tmp_path / "out")
     report = json.loads((out / "quantize.json").read_text())
-    assert report["operators"]["MatMulNBits"] == 15
+    assert report["operators"]["MatMulNBits"] == PRODUCTS
+    assert len(report["tensors"]) == 15
     assert report["bytes_after"] < report["bytes_before"]
     tensor = report["tensors"]["lm_head"]
     assert (tensor["bits"], tensor["block_size"], tensor["activation_bits"]) == (4, 16, None)
@@ -142,10 +214,13 @@ def test_learned_block_clips_are_in_the_artifact(cases: dict[str, Case], tmp_pat
     out = build(case, tmp_path / "out")
     graph = Graph(onnx.load(out / "model.onnx"))
     path = "model.layers.0.mlp.up_proj"
-    found = read_blocks(graph, path, read_export(case.exported).modules[path].output)
+    place = read_export(case.exported).modules[path]
+    found = read_blocks(graph, path, place.output)
     weight = case.source.model.get_submodule(path).weight
-    kept = weight.reshape(64, -1, 16).abs().amax(dim=2) / 8.0
-    np.testing.assert_allclose(np.abs(found.scales.reshape(64, -1)), kept.numpy(), rtol=1e-6)
+    kept = weight.reshape(len(weight), -1, 16).abs().amax(dim=2) / 8.0
+    assert place.columns is not None
+    scales = found.scales.reshape(-1, kept.shape[1])[slice(*place.columns)]
+    np.testing.assert_allclose(np.abs(scales), kept.numpy(), rtol=1e-6)
 
 
 def test_scheme_none_copies_the_graph(cases: dict[str, Case], tmp_path: Path) -> None:
