@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 SOURCES := $(shell find core evals exporter prune quantize runtime -name '*.py')
-PACKAGES := core evals exporter prune quantize runtime reference tests
+PACKAGES := core evals exporter prune quantize runtime reference benchmarks tests
+WORKERS ?= 2
 
-.PHONY: help run test lint types unit format web reference results clean
+.PHONY: help run test lint types unit format web reference results benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -25,9 +26,10 @@ lint: $(VENV)/.dev  ## ruff, formatting, import contracts
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 	$(BIN)/mypy reference
+	$(BIN)/mypy benchmarks
 
-unit: $(VENV)/.dev  ## pytest
-	$(BIN)/python -m pytest
+unit: $(VENV)/.dev  ## pytest, on two processes (WORKERS=n for more)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 format: $(VENV)/.dev  ## rewrite the sources as ruff formats them
 	$(BIN)/ruff format .
@@ -41,6 +43,9 @@ reference: $(VENV)/.dev  ## train the reference pair again (about an hour on 2 c
 
 results: $(VENV)/.dev  ## measure the tables of docs/results.md again
 	$(BIN)/python -m reference.results --data-dir $(DATA) --out docs/results.md
+
+benchmarks: $(VENV)/.dev  ## measure the tables of docs/benchmarks.md again (idle machine, 24 GB of memory)
+	$(BIN)/python -m benchmarks --work build/benchmarks --out docs/benchmarks.md
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build bundles .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -230,12 +230,11 @@ def recipe_yaml(recipe: Recipe) -> str:
 def anchored(model: str, folder: Path) -> str:
     """A model as the recipe keeps it: absolute if it is a path, as it is if it is a hub name or `ablate`.
 
-    A path that exists is a path. What does not exist is taken for a hub name only if it looks like one:
-    `owner/name`, or a bare name.
+    `owner/name` is a hub name where no such path exists; everything else but `ablate` is a path.
     """
     path = folder / model
-    looks_like_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is not None
-    return model if looks_like_name and not path.exists() else str(path.resolve())
+    named = model == "ablate" or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
+    return model if named and not path.exists() else str(path.resolve())
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:

@@ -23,7 +23,9 @@ from holdfast.exporter.operators import require_operators
 from holdfast.exporter.ort_format import write_ort_format
 from holdfast.exporter.parity import Agreement
 from holdfast.exporter.plain import write_plain
-from holdfast.exporter.proof import Proof, proof_lines, proof_prompts, prove, read_proof
+from holdfast.exporter.proof import prove
+from holdfast.exporter.proof_prompts import proof_prompts
+from holdfast.exporter.proof_report import Proof, proof_lines, read_proof
 from holdfast.exporter.quiet import quiet
 from holdfast.exporter.source import SourceModel, copy_tokenizer_files, load_source
 from holdfast.exporter.targets import Target, lookup_target
@@ -34,7 +36,7 @@ from holdfast.recipe import ExportConfig
 GRAPH = "model.onnx"
 EXTERNAL = "model.onnx_data"
 REPORT = "export.json"
-LARGEST_INLINE_BYTES = 1 << 30  # weights beyond it go into a file of their own; protobuf ends at 2 GB
+LARGEST_INLINE_BYTES = 1 << 28  # protobuf holds a second copy of what is inline; it ends at 2 GB
 FUSED_OPSET = 18  # the oldest that torch's tracing of today writes
 VERSIONED = (
     "torch",
@@ -116,7 +118,7 @@ def export_model(
 ) -> ExportReport:
     """Export a model folder to ONNX.
 
-    Writes model.onnx (and model.onnx_data beyond 2 GB), config.json, the tokenizer files byte for
+    Writes model.onnx (and model.onnx_data for large models), config.json, the tokenizer files byte for
     byte, genai_config.json for onnxruntime-genai, for `mobile` model.ort with the operators it needs, and
     export.json. The same model gives the same graph, byte for byte, every time.
 
@@ -239,8 +241,8 @@ def _write_graph(
         return GraphForm("plain", why_plain, ()), write_plain(source, out / GRAPH, opset=opset)
     if opset < FUSED_OPSET:
         raise ExportError(
-            f"The target {target.name} needs opset {FUSED_OPSET} or newer, found {opset}: leave the opset to "
-            "the target, or export with `--target portable`."
+            f"The target {target.name} needs opset {FUSED_OPSET} or newer, found {opset}: leave the opset "
+            "to the target, or export with `--target portable`."
         )
     graph = fused_graph(source.model, opset=opset, positions=source.model.config.max_position_embeddings)
     save_graph(graph.model, out)
@@ -258,7 +260,7 @@ def _why_plain(source: SourceModel, target: Target) -> str | None:
 
 
 def save_graph(model: ir.Model, out: Path) -> None:
-    """Write model.onnx, its weights once and one at a time; beyond 1 GiB into a file beside it."""
+    """Write model.onnx, its weights once and one at a time; beyond 256 MiB into a file beside it."""
     weights = (value.const_value for value in model.graph.initializers.values())
     large = sum(tensor.nbytes for tensor in weights if tensor is not None) > LARGEST_INLINE_BYTES
     with disk_errors(out):

@@ -57,9 +57,9 @@ class OrtFormatReport:
 def write_ort_format(folder: Path, *, atol: float, arm: bool = True, seed: int = 0) -> OrtFormatReport:
     """Write model.ort and required_operators.config beside the model.onnx of `folder`.
 
-    The same graph and the same ONNX Runtime give the same bytes. `required_operators.config` is what
-    ONNX Runtime's build takes with `--include_ops_by_config` and
-    `--enable_reduced_operator_type_support`.
+    The same graph and the same ONNX Runtime give the same bytes, but for padding in rare cases (see
+    `ort_resolver`). `required_operators.config` is what ONNX Runtime's build takes with
+    `--include_ops_by_config` and `--enable_reduced_operator_type_support`.
 
     Arguments:
         folder: an exported folder or a bundle; its graph in Optimum's layout.

@@ -3,7 +3,8 @@
 ONNX Runtime writes the table that maps operators to the types of their kernels
 (`KernelTypeStrResolver` in its ort.fbs) in the order of a randomly seeded hash map. Here the table is
 written again, sorted, at the end of the file, and the old one is blanked: the same graph then
-gives the same bytes. ONNX Runtime reads tables wherever the root points.
+gives the same bytes, unless the old table took a few bytes more or less room (one run in about fifty).
+ONNX Runtime reads tables wherever the root points.
 """
 
 from __future__ import annotations

@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import math
 import mmap
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from holdfast.chat import ChatTokenizer, Message, user
 from holdfast.errors import ParityError
-from holdfast.evals.suites import load_builtin
 from holdfast.exporter.departure import Departure, first_departure
 from holdfast.exporter.graph import GraphLinear
 from holdfast.exporter.parity import (
@@ -43,98 +40,19 @@ from holdfast.exporter.parity import (
     pooled,
     torch_step,
 )
+from holdfast.exporter.proof_prompts import (
+    GREEDY_TOKENS,
+    context_tokens,
+    effort_for,
+    parameter_count,
+    sliding_window,
+)
+from holdfast.exporter.proof_report import DEPART_ATOL, DEPART_RTOL, Check, Effort, Proof, Status, sentence
 from holdfast.exporter.source import SourceModel
 
-GREEDY_TOKENS = 64
-SUITE_PROMPTS = 6  # of each of the two suites
 PADDING = 3  # columns of padding beside the longest row: every row is padded
 LOGITS_BYTES = 512 << 20  # largest block of logits that one run may return
 LEAN_BYTES = 1 << 30  # a larger model is opened without packing its weights; see `open_session`
-WINDOW_MARGIN = 16  # tokens that a prompt reads on beyond a sliding window
-# An inner value departs when it is off by this much of the largest value beside it. Rounding alone gives
-# 1e-6 on the reference pair.
-DEPART_RTOL = 3e-5
-DEPART_ATOL = 1e-6
-
-Status = Literal["ok", "failed", "not applicable"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was asked of a graph.
-
-    Attributes:
-        status: "not applicable" says why in `note`, and has no figures.
-        measure: the figure that is held against the tolerance.
-        value: that figure.
-        tolerance: the largest value that passes.
-        figures: everything that was measured.
-    """
-
-    name: str
-    status: Status
-    measure: str = ""
-    value: float = 0.0
-    tolerance: float = 0.0
-    figures: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is compared.
-
-    Attributes:
-        prompts: prompts that are compared with torch at every position.
-        greedy_prompts: prompts that are answered.
-        greedy_tokens: tokens of an answer.
-        batch_rows: rows of a batch.
-        padded_steps: cached steps after a padded prefill.
-        step_tokens: tokens of a prompt that is read one by one.
-        longest_tokens: longest prompt; longer ones are cut.
-    """
-
-    prompts: int
-    greedy_prompts: int
-    greedy_tokens: int
-    batch_rows: int
-    padded_steps: int
-    step_tokens: int
-    longest_tokens: int
-
-
-# Parameters up to which an effort is affordable: a second for the first, two minutes on two cores for a
-# billion parameters with the last.
-EFFORTS: tuple[tuple[float, Effort], ...] = (
-    (5e7, Effort(12, 4, GREEDY_TOKENS, 4, 4, 48, 2048)),
-    (4e8, Effort(8, 2, GREEDY_TOKENS, 3, 4, 32, 1024)),
-    (math.inf, Effort(4, 1, GREEDY_TOKENS, 2, 2, 16, 512)),
-)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What was compared, and how it ended.
-
-    Attributes:
-        prompt_tokens: length of each prompt that was compared with torch.
-        parameters: of the model; they decide the effort.
-        packed: whether ONNX Runtime packed the weights for its kernels, as it does where a graph runs.
-        seed: draws what is written into the padding.
-    """
-
-    checks: tuple[Check, ...]
-    effort: Effort
-    prompt_tokens: tuple[int, ...]
-    parameters: int
-    packed: bool
-    atol: float
-    seed: int
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == "failed")
-
 
 OnCheck = Callable[[Check], None]
 """Called with each check as it ends; drives progress lines."""
@@ -173,7 +91,7 @@ def prove(
         check = proof.failed[0]
         case = cases.get(check.name)
         where = None if case is None else _departure(graph, source, case, linears)
-        raise ParityError(_sentence(proof, check, where, searched=case is not None))
+        raise ParityError(sentence(proof, check, where, searched=case is not None))
     return proof
 
 
@@ -195,108 +113,6 @@ def examine(
         ExecutionError: ONNX Runtime refuses the graph, or fails.
     """
     return _examined(graph, source, prompts, atol, seed, greedy_tokens, effort, on_check)[0]
-
-
-def effort_for(parameters: int) -> Effort:
-    """How much a model of that size allows to compare; see `EFFORTS`."""
-    return next(effort for limit, effort in EFFORTS if parameters <= limit)
-
-
-def proof_lines(proof: Proof) -> list[str]:
-    """One line a check: name, what was measured, what is allowed, how it ended."""
-    width = max((len(check.name) for check in proof.checks), default=0)
-    return [f"{check.name:<{width}}  {_line(check)}" for check in proof.checks]
-
-
-def read_proof(data: Mapping[str, Any]) -> Proof:
-    """The proof that `dataclasses.asdict` and JSON made `data` of.
-
-    Raises:
-        KeyError, TypeError: `data` is no such thing.
-    """
-    return Proof(
-        **{
-            **data,
-            "checks": tuple(Check(**check) for check in data["checks"]),
-            "effort": Effort(**data["effort"]),
-            "prompt_tokens": tuple(data["prompt_tokens"]),
-        }
-    )
-
-
-# --- prompts ----------------------------------------------------------------------------------
-
-
-def proof_prompts(source: SourceModel, seed: int) -> list[list[int]]:
-    """Prompts of the built-in suites in the model's chat template, harmless and harmful by turns.
-
-    No two have the same length, where the suites offer that. They are cut at the end to leave room for
-    an answer in the model's context. Where the model has a sliding window that is shorter than what
-    the proof reads, the last prompt is a conversation of several turns that outgrows it.
-
-    Arguments:
-        seed: draws the prompts.
-    """
-    draw = random.Random(seed)
-    texts = [[item.prompt for item in load_builtin(name).items] for name in ("over-refusal", "refusal")]
-    for group in texts:
-        draw.shuffle(group)
-    context = context_tokens(source.model)
-    room = max(1, context - min(GREEDY_TOKENS, context // 2))
-    chosen = [_of_unequal_length(source.tokenizer, group, room) for group in texts]
-    prompts = [prompt for pair in zip(*chosen, strict=False) for prompt in pair]
-    window = sliding_window(source.model)
-    longest = min(room, effort_for(parameter_count(source.model)).longest_tokens)
-    if window is not None and max(map(len, prompts)) <= window < longest:
-        prompts.append(_conversation(source.tokenizer, texts[0], window + WINDOW_MARGIN)[:longest])
-    return prompts
-
-
-def _of_unequal_length(tokenizer: ChatTokenizer, texts: Sequence[str], room: int) -> list[list[int]]:
-    """The first prompts of different lengths, at most `room` tokens each; equal ones only to fill up."""
-    found: dict[int, list[int]] = {}
-    equal: list[list[int]] = []
-    for text in texts[: 8 * SUITE_PROMPTS]:
-        ids = tokenizer.encode_chat(user(text))[:room]
-        if found.setdefault(len(ids), ids) is not ids:
-            equal.append(ids)
-    return [*found.values(), *equal][:SUITE_PROMPTS]
-
-
-def _conversation(tokenizer: ChatTokenizer, texts: Sequence[str], tokens: int) -> list[int]:
-    """A conversation of at least `tokens` tokens, or of all texts, each a turn."""
-    ids: list[int] = []
-    messages: list[Message] = []
-    for index, text in enumerate(texts):
-        messages.append({"role": "assistant" if index % 2 else "user", "content": text})
-        if index % 2 == 0:
-            ids = tokenizer.encode_chat(messages)
-            if len(ids) >= tokens:
-                break
-    return ids
-
-
-def sliding_window(model: Any) -> int | None:
-    """Tokens that the attention of some layer looks back, its own among them; None where all see all."""
-    for name in ("sliding_window", "window_size"):
-        window = getattr(model.config, name, None)
-        if isinstance(window, int) and window > 0:
-            return window
-    return None
-
-
-def context_tokens(model: Any) -> int:
-    """Longest sequence that the model's config allows; unbounded where it names none."""
-    length = getattr(model.config, "max_position_embeddings", None)
-    return length if isinstance(length, int) else 1 << 30
-
-
-def parameter_count(model: Any) -> int:
-    """Parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-# --- the checks -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -749,57 +565,6 @@ def _mentions(graph: Path, operator: bytes) -> bool:
         return content.find(operator) >= 0
 
 
-# --- saying it --------------------------------------------------------------------------------
-
-# What differs when a check fails.
-SIDES = {
-    "prefill": "The graph and the torch model",
-    "sliding window": "Beyond the sliding window, the graph and the torch model",
-    "cached steps": "The cached graph and the cached torch model",
-    "batch": "A batch and its rows one by one",
-    "left padding": "Rows padded on the left and rows without padding",
-    "steps after left padding": "Cached steps of rows padded on the left and of rows without padding",
-    "right padding": "Rows padded on the right and rows without padding",
-    "steps behind right padding": "Cached steps behind padding on the right and without padding",
-    "steps in place of right padding": "Cached steps in place of padding on the right and without padding",
-    "token by token": "A prompt read token by token and in one run",
-    "continued from a cache": "A prompt continued from a cache and in one run",
-    "last logits alone": "The logits of the last token alone and among all",
-}
-
-
-def _sentence(proof: Proof, check: Check, where: Departure | None, *, searched: bool) -> str:
-    if check.name == "greedy tokens":
-        said = (
-            f"The graph chooses a token that the torch model puts {check.value:.3g} below its own "
-            f"({check.note}), and {check.tolerance:.3g} is a tie"
-        )
-    else:
-        said = (
-            f"{SIDES[check.name]} differ by up to {check.value:.3g} in a logit, and {check.tolerance:.3g} "
-            "is allowed"
-        )
-    others = [other.name for other in proof.failed if other is not check]
-    also = f", failed too: {', '.join(others)}" if others else ""
-    return f"{said} (check `{check.name}`{also}); {_where(where, searched)}"
-
-
-def _where(departure: Departure | None, searched: bool) -> str:
-    if departure is None and searched:
-        return (
-            f"no value inside departs by more than {DEPART_RTOL:.0e} of its size: raise `atol` if the "
-            "difference is rounding."
-        )
-    if departure is None:
-        return "torch has no such run to compare with inside: report this."
-    behind = f", behind `{departure.agreed}`, which agrees" if departure.agreed else ""
-    return (
-        f"the first value that departs from torch's is that of the node `{departure.node}` "
-        f"({departure.operator}), {departure.module}, by {departure.max_abs:.3g}{behind}: look for what "
-        "the export changed there."
-    )
-
-
 def _departure(
     graph: Path, source: SourceModel, case: _Case, linears: Mapping[str, GraphLinear] | None
 ) -> Departure | None:
@@ -812,21 +577,4 @@ def _departure(
         rtol=DEPART_RTOL,
         cached_tokens=case.cached_tokens,
         linears=linears,
-    )
-
-
-def _line(check: Check) -> str:
-    if check.status == "not applicable":
-        return f"not applicable: {check.note}"
-    if check.name == "greedy tokens":
-        figures = check.figures
-        said = f"{figures['equal']:.0f} of {figures['tokens']:.0f} equal, {figures['ties']:.0f} ties"
-        note = f" ({check.note})" if check.note else ""
-        return f"{said}{note}, allowed gap {check.tolerance:.0e}  {check.status}"
-    kl = ""
-    if "max_kl_nats" in check.figures:
-        kl = f", KL at most {check.figures['max_kl_nats']:.1e} nats"
-    return (
-        f"largest difference {check.value:.1e}{kl}, {check.figures['positions']:.0f} positions, "
-        f"allowed {check.tolerance:.0e}  {check.status}"
     )

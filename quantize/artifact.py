@@ -216,7 +216,7 @@ def _copy_graph(export_folder: Path, out: Path) -> None:
 
 
 def save_graph(model: onnx.ModelProto, out: Path) -> None:
-    """Weights beyond 1 GiB go into one file beside the graph."""
+    """Weights beyond 256 MiB go into one file beside the graph."""
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_INLINE_BYTES
     with disk_errors(out):
         onnx.save_model(

@@ -60,6 +60,15 @@ def test_paths_in_a_recipe_are_relative_to_its_folder(tmp_path: Path) -> None:
     assert recipe.evaluate.suites[1].path == str(tmp_path / "sub" / "x.csv")
 
 
+def test_a_hub_name_in_a_recipe_stays_one_unless_such_a_path_exists(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: owner/name\nbase: here/too\nrevision: abc\n")
+    (tmp_path / "here" / "too").mkdir(parents=True)
+    recipe = read_recipe(path, {})
+    assert (recipe.model, recipe.revision) == ("owner/name", "abc")
+    assert recipe.base == str(tmp_path / "here" / "too")
+
+
 def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     recipe = make_recipe(
         {

@@ -23,7 +23,7 @@ STEPS = ["baseline", "reference-export", "prune", "calibrate", "export", "quanti
 # step -> the function that the step works with, and the module that it looks it up in
 WORKERS: dict[str, tuple[ModuleType, str]] = {
     "baseline": (pipeline, "save_suites"),
-    "reference-export": (pipeline, "export_model"),
+    "reference-export": (pipeline, "export_source"),
     "prune": (pipeline, "save_source"),
     "calibrate": (job, "calibrate"),
     "quantize": (pipeline, "quantize_bundle"),

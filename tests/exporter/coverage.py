@@ -150,3 +150,9 @@ def cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in cases()}
+# The fused graph is slower to make: what one architecture has shown of heads is not shown again by each.
+FUSED_CASES = [
+    name
+    for name, case in CASES.items()
+    if case.architecture == "LlamaForCausalLM" or case.label not in GROUPED or case.label == "untied head"
+]

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError
-from holdfast.exporter.architectures import ROWS, Row
+from holdfast.exporter.architectures import ROWS, Row, why_unfused
 from holdfast.exporter.classifier import load_classifier
 from holdfast.exporter.classifiers import CLASSIFIERS, ClassifierRow
 from holdfast.exporter.export import export_source
 from holdfast.exporter.source import load_source
+from holdfast.exporter.tracing import pluggable
 from tests.exporter.coverage import ATOL, PLAIN, VARIANTS
 from tests.tiny import tiny_llama, tiny_model
 
@@ -84,8 +85,11 @@ A classifier is a row of `exporter/classifiers.py` and is tested by being there.
 
 
 def graph_forms(architecture: str) -> tuple[str, ...]:
-    """Names of the graphs that are tested of an architecture."""
-    return ("plain",)
+    """Names of the graphs that are tested of an architecture: what its first variant gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = next(iter(VARIANTS[architecture].values()))
+        model = load_source(tiny_model(Path(folder), architecture, **settings)).model
+    return ("fused", "plain") if pluggable(model) and why_unfused(model) is None else ("plain",)
 
 
 def render() -> str:

@@ -1,4 +1,4 @@
-"""Every architecture and variant, tiny and random, of its real class: the plain graph against torch."""
+"""Every architecture and variant, tiny and random, of its real class: both graphs against torch."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from holdfast.exporter.batching import pad_left
 from holdfast.exporter.export import ExportReport, export_source
 from holdfast.exporter.source import SourceModel, load_source, save_source
 from holdfast.exporter.torch_model import TorchLanguageModel
+from holdfast.exporter.tracing import pluggable
 from holdfast.quantize.folding import fold_scales
 from holdfast.quantize.plan import input_groups
 from holdfast.recipe import ExportConfig
 from holdfast.runtime.graph import DecoderGraph
 from holdfast.runtime.session import context_tokens
-from tests.exporter.coverage import ATOL, CASES, PLAIN, VARIANTS, WINDOW, Case
+from tests.exporter.coverage import ATOL, CASES, FUSED_CASES, PLAIN, VARIANTS, WINDOW, Case
 from tests.exporter.coverage_table import PAGE, REFUSALS, refusal, render
 from tests.tiny import tiny_model
 
@@ -64,6 +65,20 @@ def test_the_plain_graph_computes_what_torch_does(case: Case, source: SourceMode
     assert context_tokens(out) == source.model.config.max_position_embeddings == 128
 
 
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_the_fused_graph_computes_what_torch_does(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    source = load_source(tiny_model(tmp_path / "model", case.architecture, **case.settings))
+    if not pluggable(source.model) or why_unfused(source.model):
+        pytest.skip(f"{name} keeps the plain graph, which is tested above")
+    out = tmp_path / "out"
+    out.mkdir()
+    report = export_source(source, out, ExportConfig(atol=ATOL))
+    assert report.graph.form == "fused"
+    check_linears(source, report, out)
+    check_rows_alone(source, out)
+
+
 def check_linears(source: SourceModel, report: ExportReport, out: Path) -> None:
     """Every linear of the model is in the report, and in the graph bit for bit, its bias as well."""
     tensors = onnx.load(out / "model.onnx").graph.initializer
@@ -72,9 +87,10 @@ def check_linears(source: SourceModel, report: ExportReport, out: Path) -> None:
     assert set(report.modules) == set(modules)
     for path, linear in modules.items():
         place = report.modules[path]
-        assert np.array_equal(found[place.weight], linear.weight.numpy().T)
+        columns = slice(*(place.columns or (None,)))
+        assert np.array_equal(found[place.weight][:, columns], linear.weight.numpy().T)
         assert (place.bias is None) == (linear.bias is None)
-        assert place.bias is None or np.array_equal(found[place.bias], linear.bias.numpy())
+        assert place.bias is None or np.array_equal(found[place.bias][columns], linear.bias.numpy())
 
 
 def check_rows_alone(source: SourceModel, out: Path) -> None:

@@ -23,33 +23,6 @@ from tests.tiny import tiny_llama, tiny_model
 CONFIG = ExportConfig(atol=5e-5)
 PLAIN = ExportConfig(target="portable", atol=5e-5)
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {}),
-    "llama untied": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
-    "llama without grouped queries": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
-    "llama, one kv head": ("LlamaForCausalLM", {"num_key_value_heads": 1}),
-    "llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-    "llama 3 rotary scaling": (
-        "LlamaForCausalLM",
-        {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
-    "mistral": ("MistralForCausalLM", {}),
-    "mistral, sliding window": ("MistralForCausalLM", {"sliding_window": 6}),
-    "qwen2": ("Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}),
-    "smollm3 with and without rotary": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
-    "granite": ("GraniteForCausalLM", {"logits_scaling": 2.0, "residual_multiplier": 0.5}),
-    "phi3": ("Phi3ForCausalLM", {}),
-}
-
 
 def export(source: Path, out: Path, config: ExportConfig = CONFIG) -> Any:
     out.mkdir()
@@ -70,25 +43,6 @@ def exported(llama: Path) -> Path:
 def initializers(folder: Path) -> dict[str, np.ndarray]:
     graph = onnx.load(folder / "model.onnx").graph
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_prefill_and_cached_steps_agree_with_torch(tmp_path: Path, variant: str) -> None:
-    architecture, settings = VARIANTS[variant]
-    source = tiny_model(tmp_path / "model", architecture, **settings)
-    report = export(source, tmp_path / "out")
-    assert report.graph.form == "fused"
-    assert report.parity.max_abs < 5e-5
-    assert report.parity.same_top_frac == 1.0
-    found = initializers(tmp_path / "out")
-    model = load_source(source).model
-    for path, linear in linear_modules(model).items():
-        place = report.modules[path]
-        columns = slice(*(place.columns or (None,)))
-        assert np.array_equal(found[place.weight][:, columns], linear.weight.numpy().T)
-        assert place.shape == found[place.weight].shape
-        assert (place.bias is None) == (linear.bias is None)
-        assert place.bias is None or np.array_equal(found[place.bias][columns], linear.bias.numpy())
 
 
 @pytest.mark.parametrize("prompt_tokens", [(1,), (2, 1), (124,), (3, 70, 5, 5, 18)])

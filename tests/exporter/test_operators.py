@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -20,7 +21,6 @@ from holdfast.exporter.operators import (
     since_version,
 )
 from holdfast.recipe import ExportConfig
-from tests.exporter.test_export import VARIANTS
 from tests.tiny import tiny_model
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -179,12 +179,12 @@ class TestKernels:
         ):
             require_kernels(model([node("Nothing", ["x"], ["y"])]))
 
-    @pytest.mark.parametrize("variant", VARIANTS)
-    def test_every_export_has_its_kernels(self, tmp_path: Path, variant: str) -> None:
-        architecture, settings = VARIANTS[variant]
-        source = tiny_model(tmp_path / "model", architecture, **settings)
+    @pytest.mark.parametrize("target", ["portable", "cpu-arm64", "web"])
+    @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel"])
+    def test_every_export_has_its_kernels(self, tmp_path: Path, architecture: str, target: Any) -> None:
+        source = tiny_model(tmp_path / "model", architecture)
         (tmp_path / "out").mkdir()
-        export_model(source, tmp_path / "out", ExportConfig())
+        export_model(source, tmp_path / "out", ExportConfig(target=target))
         graph = onnx.load(tmp_path / "out" / "model.onnx")
-        require_operators(graph, TARGETS["portable"])
+        require_operators(graph, TARGETS[target])
         require_kernels(graph)

@@ -14,20 +14,16 @@ from transformers import DynamicCache
 
 from holdfast.errors import ExecutionError, ParityError
 from holdfast.exporter.parity import open_decoder, torch_step
-from holdfast.exporter.proof import (
+from holdfast.exporter.proof import examine, prove
+from holdfast.exporter.proof_prompts import (
     EFFORTS,
     GREEDY_TOKENS,
     SUITE_PROMPTS,
-    Effort,
-    Proof,
     effort_for,
-    examine,
-    proof_lines,
     proof_prompts,
-    prove,
-    read_proof,
     sliding_window,
 )
+from holdfast.exporter.proof_report import Effort, Proof, proof_lines, read_proof
 from holdfast.exporter.source import SourceModel, load_source
 from tests.exporter.broken import WRONG, changed, export_fused, export_plain, quirk, scaled
 from tests.tiny import tiny_model
@@ -118,8 +114,6 @@ def test_what_does_not_apply_says_why(plain: Path, fused: Path, source: SourceMo
         },
         "fused": {
             "sliding window": "the model has none",
-            "steps behind right padding": "without `position_ids` the graph counts the padding as tokens "
-            "between a row's own",
         },
     }
 
