@@ -46,7 +46,8 @@ Seconds and ratios with their range.
 def page(work: Path, sizes: tuple[str, ...]) -> str:
     """docs/benchmarks.md from the JSON files in `work`."""
     graphs = {size: _read(work / f"graphs-{size}.json") for size in sizes}
-    exports = {size: _read(work / f"exports-{size}.json") for size in sizes}
+    files = {size: work / f"exports-{size}.json" for size in sizes}
+    exports = {size: _read(file) if file.is_file() else None for size, file in files.items()}
     first = graphs[sizes[0]]
     return PAGE.format(
         machine=_machine(first["environment"]),
@@ -93,7 +94,9 @@ def _graphs(size: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _exports(size: str, result: dict[str, Any]) -> str:
+def _exports(size: str, result: dict[str, Any] | None) -> str:
+    if result is None:
+        return f"### {NAMES[size]}\n\nNot measured."
     lines = [f"### {NAMES[size]}", "", exports_table(result), ""]
     lines += [f"{name}: not measured, {why}.\n" for name, why in result["not_measured"].items()]
     lines.append(f"Weights: {result['weight_bytes']:,} bytes, {result['repeats']} exports each.")

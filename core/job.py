@@ -91,6 +91,15 @@ class Job:
         """What the manifest says about the unaligned model."""
         return {"base": self.base_kind} if self.base else {"base": "ablated", **self.twin.record()}
 
+    def revisions(self) -> dict[str, str]:
+        """Commits of the models that came from the hub, for the manifest."""
+        sources = {"model_revision": self.aligned, "base_revision": self.base}
+        return {
+            key: source.origins[0].revision
+            for key, source in sources.items()
+            if source is not None and source.origins and source.origins[0].revision is not None
+        }
+
     @cached_property
     def model_keys(self) -> list[str]:
         """What stands for both models and the packages in the keys of steps that read the models."""

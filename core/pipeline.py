@@ -109,7 +109,7 @@ def _baseline(job: Job, runner: StepRunner) -> None:
         }
         for name, model in models.items():
             save_answers(answer_suites(model, job.suites, job.recipe.evaluate), folder / name)
-        return job.twin_record()
+        return job.twin_record() | job.revisions()
 
     settings = {
         "evaluate": encode(job.recipe.evaluate),

@@ -170,7 +170,7 @@ class Recipe(Config, frozen=True):
     Attributes:
         model: folder of the aligned model, or its hub name.
         base: folder or hub name of its unaligned parent, or `ablate` to make a twin in memory.
-        revision, base_revision: commit, tag or branch of a hub name; the commit that was used is recorded.
+        revision, base_revision: commit, tag or branch of a hub name; the commits used are in the manifest.
         version: of this format.
         seed: seeds every random choice; recorded in the bundle.
         threads: intra-op threads of torch and ONNX Runtime; 0 leaves the choice to them.
