@@ -44,6 +44,7 @@ def genai_config(
     eos_ids: Sequence[int],
     pad_id: int,
     graph_inputs: Sequence[str],
+    cache: tuple[int, int] | None = None,
     shared_cache: bool = False,
     filename: str = MODEL_FILE,
 ) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def genai_config(
         pad_id: id of padding. In a batch, onnxruntime-genai takes every such id at the end of a prompt for
             padding.
         graph_inputs: names of the graph's inputs.
+        cache: (heads, width of one) of the graph's KV cache; what config.json says of them if None.
         shared_cache: whether past and present may be one buffer of the context's length. True only for a
             graph whose attention operator writes into it (GroupQueryAttention); a graph that joins past and
             new keys with Concat needs False.
@@ -69,7 +71,7 @@ def genai_config(
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": filename,
-        **_head_sizes(config),
+        **_head_sizes(config, cache),
         "hidden_size": _size(config, "hidden_size"),
         "num_hidden_layers": layers,
         "inputs": {
@@ -107,11 +109,13 @@ def write_genai_config(folder: Path, *, shared_cache: bool = False, filename: st
         ExportError: the graph cannot be read or has another layout.
     """
     tokenizer = ChatTokenizer.from_folder(folder)
+    inputs = _graph_inputs(folder / filename)
     content = genai_config(
         _read_config(folder),
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
-        graph_inputs=_graph_inputs(folder / filename),
+        graph_inputs=list(inputs),
+        cache=inputs.get(PAST_NAMES["past_key_names"] % 0),
         shared_cache=shared_cache,
         filename=filename,
     )
@@ -126,15 +130,14 @@ def name_graph(folder: Path, filename: str) -> None:
     write_json(folder / CONFIG, content)
 
 
-def _head_sizes(config: dict[str, Any]) -> dict[str, int]:
+def _head_sizes(config: dict[str, Any], cache: tuple[int, int] | None) -> dict[str, int]:
     """Heads of queries and of the cache, and the width of one; `head_dim` where it is stated."""
     heads = _size(config, "num_attention_heads")
-    stated = config.get("head_dim")
-    return {
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_size": stated if isinstance(stated, int) else _size(config, "hidden_size") // heads,
-    }
+    if cache is None:
+        stated = config.get("head_dim")
+        width = stated if isinstance(stated, int) else _size(config, "hidden_size") // heads
+        cache = (config.get("num_key_value_heads") or heads, width)
+    return {"num_attention_heads": heads, "num_key_value_heads": cache[0], "head_size": cache[1]}
 
 
 def _check_inputs(found: Sequence[str], layers: int) -> None:
@@ -167,10 +170,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _graph_inputs(graph: Path) -> list[str]:
+def _graph_inputs(graph: Path) -> dict[str, tuple[int, int] | None]:
+    """Inputs that have to be given -> (heads, width of one) of a cache, None of every other."""
     try:
         model = onnx.load(graph, load_external_data=False)
     except Exception as error:  # protobuf's and the system's errors have no common base but Exception
         raise ExportError(f"{graph} is not a readable ONNX graph ({error}): export it again.") from error
     weights = {tensor.name for tensor in model.graph.initializer}
-    return [value.name for value in model.graph.input if value.name not in weights]
+    return {v.name: _cache_size(v) for v in model.graph.input if v.name not in weights}
+
+
+def _cache_size(value: onnx.ValueInfoProto) -> tuple[int, int] | None:
+    sizes = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+    return (sizes[1], sizes[3]) if len(sizes) == 4 and sizes[1] and sizes[3] else None

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from holdfast.errors import ExportError, ModelSourceError
 from holdfast.exporter.export import export_model
 from holdfast.exporter.genai import genai_config, write_genai_config
 from holdfast.recipe import ExportConfig
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model
 
 CONFIG = {
     "model_type": "llama",
@@ -115,3 +116,18 @@ class TestWriting:
         (tmp_path / "config.json").write_text("[")
         with pytest.raises(ModelSourceError, match=r"config\.json is not readable JSON"):
             write_genai_config(tmp_path)
+
+
+def test_heads_of_the_cache_are_the_graphs(tmp_path: Path) -> None:
+    """Falcon caches another number of heads than its config says."""
+    (tmp_path / "out").mkdir()
+    model = tiny_model(
+        tmp_path / "model", "FalconForCausalLM", multi_query=True, new_decoder_architecture=False
+    )
+    export_model(model, tmp_path / "out", ExportConfig())
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    past = next(value for value in graph.input if value.name == "past_key_values.0.key")
+    sizes = [dimension.dim_value for dimension in past.type.tensor_type.shape.dim]
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (sizes[1], sizes[3])
+    assert decoder["num_key_value_heads"] == 1 < decoder["num_attention_heads"]
