@@ -109,9 +109,9 @@ def write_genai_config(folder: Path, *, shared_cache: bool = False, filename: st
         ExportError: the graph cannot be read or has another layout.
     """
     tokenizer = ChatTokenizer.from_folder(folder)
-    inputs = _graph_inputs(folder / filename)
+    config, inputs = _read_config(folder), _graph_inputs(folder / filename)
     content = genai_config(
-        _read_config(folder),
+        config,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         graph_inputs=list(inputs),
