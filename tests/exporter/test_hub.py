@@ -153,7 +153,10 @@ def test_a_folder_has_no_revision(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./model", "a/b/c", "../x"])
-def test_what_is_neither_a_folder_nor_a_hub_name(name: str) -> None:
+def test_what_is_neither_a_folder_nor_a_hub_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where none of them exists
     expect(
         ModelSourceError,
         f"The base model folder {name} does not exist: give the path of a Hugging Face model, or its "
