@@ -114,6 +114,7 @@ def measure(variant: Variant, data_dir: Path, folder: Path) -> Row:
     data = copy.deepcopy(variant.recipe) | {
         "model": str(ROOT / "aligned"),
         "base": str(ROOT / "base"),
+        "export": {"target": "portable"},  # the plain graph: what is measured here are schemes, not graphs
         "evaluate": {
             "suites": [
                 {"name": "refusal"},
@@ -206,7 +207,7 @@ PAGE = """# Results on the reference pair
 Printed by `make results` (`python -m reference.results`). Every row is a whole run with its own bundle;
 rates are in percent with Wilson's 95 % interval, judged by the same rules on the same prompts, greedy,
 {tokens} tokens. One pair, one seed: a direction, not a law. XSTest and HarmBench (`standard`) were never
-trained or calibrated on.
+trained or calibrated on. The graph is the plain one (`--target portable`) in every row.
 
 ## XSTest and HarmBench: reference, base, fp32 ONNX, quantized ONNX
 
