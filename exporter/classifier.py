@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +21,10 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from optimum.exporters.onnx import onnx_export_from_model
 from tokenizers import Tokenizer
 
 from holdfast.chat import read_tokenizer
-from holdfast.errors import ExportError, ModelSourceError
+from holdfast.errors import ModelSourceError
 from holdfast.exporter.architectures import CLASSIFIER, attention_window, refuse_settings
 from holdfast.exporter.batching import positions
 from holdfast.exporter.classifiers import ClassifierRow, lookup_classifier
@@ -40,10 +38,10 @@ from holdfast.exporter.export import (
     require_empty,
 )
 from holdfast.exporter.parity import Agreement, compare_logits, open_session, require_agreement
-from holdfast.exporter.quiet import quiet
+from holdfast.exporter.plain import optimum_export
 from holdfast.exporter.source import check_embedding, copy_tokenizer_files, load_whole
 from holdfast.exporter.targets import lookup_target
-from holdfast.files import disk_errors, write_json
+from holdfast.files import write_json
 from holdfast.recipe import ExportConfig
 
 TASK = "text-classification"
@@ -158,7 +156,8 @@ def export_classifier(
     require_empty(out)
     stage("tracing")
     opset = config.opset or lookup_target(PLAIN_TARGET).opset
-    _trace(source, out, opset)
+    with _positions_from_mask(source):
+        optimum_export(source.model, out, task=TASK, opset=opset)
     copy_tokenizer_files(source.folder, out)
     stage("comparing with torch")
     agreement = classifier_agreement(out / GRAPH, source, seed=seed)
@@ -279,33 +278,6 @@ def _check_padding(
             f"The tokenizer in {folder} pads on the {side}, and {row.name} can only be padded on the "
             f"{' or '.join(row.padding)}: correct `padding_side` in tokenizer_config.json."
         )
-
-
-def _trace(source: ClassifierSource, out: Path, opset: int) -> None:
-    """Optimum's export of the loaded model, without its post-processing; see `export._trace`."""
-    name = source.model.config._name_or_path
-    with tempfile.TemporaryDirectory() as nothing, disk_errors(out), torch.random.fork_rng([]):
-        source.model.config._name_or_path = nothing  # no tokenizer there to load and rewrite
-        try:
-            with quiet(), _positions_from_mask(source):
-                onnx_export_from_model(
-                    model=source.model,
-                    output=out,
-                    task=TASK,
-                    opset=opset,
-                    do_validation=False,
-                    no_post_process=True,
-                )
-        except OSError:
-            raise
-        except Exception as error:  # torch and Optimum raise whatever the tracing ran into
-            reason = str(error).strip().splitlines()
-            raise ExportError(
-                f"Optimum could not export the {source.row.name} at opset {opset} "
-                f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
-            ) from error
-        finally:
-            source.model.config._name_or_path = name
 
 
 @contextmanager

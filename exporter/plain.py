@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -26,40 +27,51 @@ def write_plain(source: SourceModel, graph: Path, *, opset: int) -> dict[str, Gr
     Raises:
         ExportError: Optimum fails, or a weight of the graph is not the model's.
     """
-    _trace(source, graph.parent, opset)
+    configs = onnx_configs(source.model)
+    optimum_export(source.model, graph.parent, task=TASK, opset=opset, configs=configs)
     return _settle_graph(source, graph)
 
 
-def _trace(source: SourceModel, out: Path, opset: int) -> None:
-    """Optimum's export of the loaded model, without its post-processing.
+def optimum_export(
+    model: Any, out: Path, *, task: str, opset: int, configs: dict[str, Any] | None = None
+) -> None:
+    """Optimum's export of a loaded model into a folder, without its validation and post-processing.
 
     The post-processing would merge head and embedding where `accelerate` is installed and
     leave them apart elsewhere; without it the graph is the same everywhere.
+
+    Arguments:
+        task: as Optimum names it.
+        configs: Optimum's `custom_onnx_configs`.
+
+    Raises:
+        ExportError: Optimum fails.
+        DiskFullError: no space left.
     """
-    name = source.model.config._name_or_path
+    name = model.config._name_or_path
     with tempfile.TemporaryDirectory() as nothing, disk_errors(out), torch.random.fork_rng([]):
-        source.model.config._name_or_path = nothing  # no tokenizer there to load and rewrite
+        model.config._name_or_path = nothing  # no tokenizer there to load and rewrite
         try:
             with quiet():
                 onnx_export_from_model(
-                    model=source.model,
+                    model=model,
                     output=out,
-                    task=TASK,
+                    task=task,
                     opset=opset,
                     do_validation=False,
                     no_post_process=True,
-                    custom_onnx_configs=onnx_configs(source.model),
+                    custom_onnx_configs=configs,
                 )
         except OSError:
             raise
         except Exception as error:  # torch and Optimum raise whatever the tracing ran into
             reason = str(error).strip().splitlines()
             raise ExportError(
-                f"Optimum could not export the {source.architecture} at opset {opset} "
+                f"Optimum could not export the {type(model).__name__} at opset {opset} "
                 f"({type(error).__name__}: {reason[0] if reason else 'no message'})."
             ) from error
         finally:
-            source.model.config._name_or_path = name
+            model.config._name_or_path = name
 
 
 def _settle_graph(source: SourceModel, graph: Path) -> dict[str, GraphLinear]:

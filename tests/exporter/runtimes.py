@@ -74,7 +74,7 @@ def in_web(folder: Path, prompts: Ids, tokens: int) -> Ids:
     """onnxruntime-web's WASM build under Node."""
     node = shutil.which("node")
     if node is None or not (WEB / "node_modules" / "onnxruntime-web").is_dir():
-        pytest.skip("needs node and onnxruntime-web: install node, then `make web`")
+        pytest.skip("needs node and onnxruntime-web: install node and npm, then `make unit`")
     graph = DecoderGraph.open(folder)
     job = {
         "graph": str(folder / "model.onnx"),
