@@ -8,11 +8,11 @@ PACKAGES := core evals exporter prune quantize runtime reference benchmarks test
 WORKERS ?= 2
 WEB := tests/exporter/web/node_modules
 
-.PHONY: help run test lint types unit format reference results benchmarks clean
+.PHONY: help run test lint types unit format reference reference-second results benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 run: $(VENV)/.run  ## install, run the main job on the embedded reference pair
 	$(BIN)/holdfast run reference/recipe.yaml --out bundles/reference --overwrite
@@ -38,6 +38,10 @@ format: $(VENV)/.dev  ## rewrite the sources as ruff formats them
 
 reference: $(VENV)/.dev  ## train the reference pair again (about an hour on 2 cores)
 	$(BIN)/python -m reference.train all --data-dir $(DATA) --out reference
+
+reference-second: $(VENV)/.dev  ## train the second pair again (about an hour on 2 shared cores)
+	$(BIN)/python -m reference.train all --pair second --data-dir $(DATA) --out reference/second \
+	  --work build/reference-second
 
 results: $(VENV)/.dev  ## measure the tables of docs/results.md again
 	$(BIN)/python -m reference.results --data-dir $(DATA) --out docs/results.md

@@ -21,8 +21,8 @@ import onnx
 
 from benchmarks.decoding import Plan
 from benchmarks.models import SHAPES, checkpoint
-from holdfast.exporter.export import export_model
-from holdfast.files import atomic_folder
+from holdfast.exporter.export import REPORT, export_model
+from holdfast.files import atomic_folder, write_json
 from holdfast.progress import say
 from holdfast.quantize.artifact import quantize_bundle
 from holdfast.recipe import ExportConfig, QuantizeConfig
@@ -90,9 +90,17 @@ def make(recipe: Recipe, source: Path, work: Path) -> Path:
         with atomic_folder(folder) as out:
             if isinstance(recipe.config, ExportConfig):
                 export_model(source, out, recipe.config)
+                _allow_own_operators(out)
             else:
                 quantize_bundle(work / recipe.source, out, None, recipe.config)
     return folder
+
+
+def _allow_own_operators(folder: Path) -> None:
+    """Optimum's plain graph runs in ONNX Runtime here, so its weights may be MatMulNBits."""
+    path = folder / REPORT
+    report = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, report | {"target": "cpu-x86"})
 
 
 def describe(folder: Path, config: dict[str, Any], maker: str, scheme: str, threads: int) -> Graph:

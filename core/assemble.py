@@ -87,9 +87,7 @@ def title(recipe: Recipe) -> str:
     parts = [Path(recipe.model).name]
     if recipe.prune.method != "none":
         parts.append(f"{recipe.prune.method} {recipe.prune.sparsity_frac:.0%}")
-    bits = f" with {recipe.quantize.activation_bits}-bit activations"
-    scheme = recipe.quantize.scheme
-    parts.append(scheme + (bits if scheme == "w8a8" and recipe.quantize.activation_bits < 8 else ""))
+    parts.append(recipe.quantize.scheme + (" mixed" if recipe.quantize.mixed else ""))
     parts.append(recipe.quantize.backend)
     return ", ".join(parts)
 

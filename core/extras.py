@@ -8,9 +8,10 @@ from holdfast.errors import MissingExtraError
 
 # extra -> import names whose presence means that the extra is installed
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "export": ("torch", "transformers", "optimum", "onnx", "onnxscript", "safetensors"),
+    "export": ("torch", "transformers", "optimum", "onnx", "onnxscript", "safetensors", "scipy"),
     "adapters": ("peft",),
     "inc": ("neural_compressor", "six", "pkg_resources"),
+    "plots": ("matplotlib",),
     "serve": ("starlette", "uvicorn"),
 }
 

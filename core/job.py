@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.config import encode
+from holdfast.errors import RecipeError
 from holdfast.evals.suites import Suite, load_suites
 from holdfast.exporter.hub import resolve_source
 from holdfast.exporter.source import (
@@ -17,12 +18,21 @@ from holdfast.exporter.source import (
     load_source,
     source_digests,
 )
+from holdfast.exporter.streamed import StreamedModel
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.files import sha256_text, to_json
 from holdfast.progress import bar, say
 from holdfast.quantize.ablate import AblatedTwin, make_twin
+from holdfast.quantize.blockwise import calibrate_folder
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
-from holdfast.quantize.prompts import CalibrationPrompt, load_calibration, refuse_leakage
+from holdfast.quantize.coverage import coverage, refuse_gaps
+from holdfast.quantize.prompts import (
+    CalibrationPrompt,
+    load_calibration,
+    refuse_leakage,
+    required_kinds,
+)
+from holdfast.quantize.record import CalibrationRecord
 from holdfast.recipe import Recipe
 from holdfast.versions import installed_versions
 
@@ -34,12 +44,14 @@ class Job:
     """Recipe, suites, calibration prompts and models of a run; models are loaded when first needed.
 
     Attributes:
+        covered: "suite/category" -> calibration prompts of that category.
         digests: "model" and "base" -> file name -> SHA-256.
     """
 
     recipe: Recipe
     suites: list[Suite]
     prompts: list[CalibrationPrompt]
+    covered: dict[str, int]
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @cached_property
@@ -112,7 +124,7 @@ class Job:
     def calibrate(self, source: SourceModel) -> Calibration:
         """Contrastive calibration of `source`, a possibly pruned form of the aligned model."""
         config = self.recipe.calibrate
-        with bar("calibrating", total_steps(config), unit="step") as on_step:
+        with bar("calibrating", total_steps(config, source), unit="step") as on_step:
             return calibrate(
                 source,
                 self.negative,
@@ -123,6 +135,10 @@ class Job:
                 aligned=self.aligned,
                 on_step=on_step,
             )
+
+    def calibrate_blocks(self, model: Path, out: Path) -> CalibrationRecord:
+        """Calibration block by block, from folder to folder, for models that do not fit."""
+        return calibrate_blocks(self.recipe, self.prompts, model, out)
 
     def load(self, folder: Path) -> SourceModel:
         """A compressed form of the aligned model, with the same vocabulary."""
@@ -141,10 +157,48 @@ def prepare(recipe: Recipe) -> Job:
     Raises:
         InputError: a model, the base, a suite or the calibration data cannot be used.
     """
-    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.limit)
-    prompts = load_calibration(recipe.calibrate.data, recipe.calibrate.samples, recipe.seed)
-    refuse_leakage(prompts, [item.prompt for suite in suites for item in suite.items])
-    job = Job(recipe, suites, prompts)
+    suites, prompts, covered = prepare_data(recipe)
+    job = Job(recipe, suites, prompts, covered)
     job.digests["model"] = source_digests(job.aligned)
     job.digests["base"] = source_digests(job.base) if job.base else job.digests["model"]
     return job
+
+
+def prepare_data(recipe: Recipe) -> tuple[list[Suite], list[CalibrationPrompt], dict[str, int]]:
+    """Suites, calibration prompts and how many of these cover each category of those; no model is read.
+
+    Raises:
+        SuiteError: unreadable data, a calibration prompt that is in a suite, or a gap where none may be.
+    """
+    suites = load_suites(recipe.evaluate.suites, recipe.evaluate.limit)
+    prompts = _calibration_prompts(recipe)
+    refuse_leakage(prompts, [item.prompt for suite in suites for item in suite.items])
+    covered = coverage(prompts, suites)
+    if recipe.calibrate.require_coverage:
+        refuse_gaps(covered)
+    return suites, prompts, covered
+
+
+def calibrate_blocks(
+    recipe: Recipe, prompts: list[CalibrationPrompt], model: Path, out: Path
+) -> CalibrationRecord:
+    """Block-wise calibration of a model folder into the new folder `out`."""
+    config = recipe.calibrate
+    if config.method != "contrastive" or config.loss in ("kl", "apc"):
+        raise RecipeError(
+            "`calibrate.scope: blocks` learns with `method: contrastive` and `loss: bounded` or `mse`: "
+            f"`method: {config.method}` and `loss: {config.loss}` need the logits of whole models."
+        )
+    total = config.block_steps * len(StreamedModel(model).blocks)
+    out.mkdir(exist_ok=True)
+    with bar("calibrating", total, unit="step") as on_step:
+        return calibrate_folder(
+            model, out, config, recipe.quantize, prompts, seed=recipe.seed, on_step=on_step
+        )
+
+
+def _calibration_prompts(recipe: Recipe) -> list[CalibrationPrompt]:
+    config = recipe.calibrate
+    required = required_kinds(config.method, config.loss, ablated_twin=recipe.base == ABLATE)
+    mixture = encode(config.mixture)
+    return load_calibration(config.data, config.samples, recipe.seed, mixture, required=required)

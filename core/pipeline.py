@@ -19,16 +19,18 @@ from holdfast.alignment import Assessment, answer_suites, save_answers, save_sui
 from holdfast.assemble import write_bundle
 from holdfast.bundle import ALIGNED, REPORT_HTML, TWIN
 from holdfast.config import encode
-from holdfast.exporter.architectures import block_paths
+from holdfast.exporter.architectures import block_paths, linear_modules
 from holdfast.exporter.export import ExportReport, export_model, export_source
 from holdfast.exporter.source import save_source
 from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact import QuantizeReport, quantize_bundle, ranges_of
+from holdfast.quantize.decisions import LAYOUT, read_decisions
 from holdfast.quantize.finish import finish_artifact
-from holdfast.quantize.record import Candidate, read_record
+from holdfast.quantize.possible import INC_METHODS
+from holdfast.quantize.record import Candidate
 from holdfast.quantize.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
 from holdfast.recipe import Recipe
@@ -151,17 +153,22 @@ def _calibrate(job: Job, runner: StepRunner) -> None:
     recipe = job.recipe
 
     def work(folder: Path) -> dict[str, Any]:
-        calibration = job.calibrate(job.load(runner.folder("prune") / "model"))
-        calibration.save(folder / "model")
-        record = calibration.record
+        pruned = runner.folder("prune") / "model"
+        if recipe.calibrate.scope == "blocks":
+            record = job.calibrate_blocks(pruned, folder / "model")
+        else:
+            calibration = job.calibrate(job.load(pruned))
+            calibration.save(folder / "model")
+            record = calibration.record
         chosen = {"alpha": record.chosen_alpha, "steps": record.chosen_steps, "held_out": record.held_out}
         return {**chosen, "candidates": [_without_losses(c) for c in record.candidates]}
 
     # the backend does not change what is learned, so that both share one calibration
     quantize = encode(recipe.quantize)
+    own = recipe.quantize.backend == "inc" and recipe.calibrate.method in INC_METHODS
     settings = {
         "calibrate": encode(recipe.calibrate),
-        "scheme": {k: quantize[k] for k in ("scheme", "activation_bits", "block_size", "exclude")},
+        "scheme": {k: quantize[k] for k in ("scheme", "mixed", "exclude", *LAYOUT)} | {"inc": own},
         "seed": recipe.seed,
     }
     keys = [runner.key("prune"), job.prompts_key, *job.model_keys]
@@ -184,7 +191,7 @@ def _quantize(job: Job, runner: StepRunner) -> None:
         calibrated, artifact = runner.folder("calibrate") / "model", _made(folder / "onnx")
         exported = runner.folder("export") / "onnx"
         report = quantize_bundle(exported, artifact, calibrated, config)
-        simulation = {} if config.scheme == "none" else _simulation(job, calibrated, artifact)
+        simulation = _simulation(job, calibrated, artifact, report)
         report = finish_artifact(exported, artifact, report, config)
         return {
             "scheme": report.scheme,
@@ -199,11 +206,17 @@ def _quantize(job: Job, runner: StepRunner) -> None:
     runner.run("quantize", encode(config), [runner.key("export")], work)
 
 
-def _simulation(job: Job, calibrated: Path, artifact: Path) -> dict[str, Any]:
+def _simulation(job: Job, calibrated: Path, artifact: Path, report: QuantizeReport) -> dict[str, Any]:
     """How closely the artifact follows the simulation, while its KV cache is still fp32."""
+    if report.backend == "none":
+        return {}
+    if report.backend == "inc" and report.method in INC_METHODS:
+        return {"simulation": "none: neural-compressor decided scales and codes"}
     ids = chat_prompts(job.aligned.tokenizer, [p.prompt for p in job.prompts[:SIMULATED_PROMPTS]])
-    ranges = read_record(calibrated).activation_ranges
-    agreement = check_simulation(job.load(calibrated), ranges, artifact, job.recipe.quantize, ids)
+    source, config = job.load(calibrated), job.recipe.quantize
+    decided = read_decisions(calibrated, list(linear_modules(source.model)), config)
+    decided = dataclasses.replace(decided, ranges=ranges_of(report, signed=config.signed_activations))
+    agreement = check_simulation(source, decided, artifact, config, ids)
     return {
         "simulation_max_abs": agreement.max_abs,
         "simulation_within_frac": agreement.within_frac,

@@ -27,6 +27,19 @@ KVCache = Literal["fp32", "fp16", "int8"]
 KV_CACHES: tuple[str, ...] = get_args(KVCache)
 
 
+CalibrationMethod = Literal["contrastive", "qat", "rtn", "smoothquant", "hqq", "gptq", "awq"]
+CALIBRATION_METHODS: tuple[str, ...] = get_args(CalibrationMethod)
+
+Loss = Literal["bounded", "apc", "kl", "mse"]
+LOSSES: tuple[str, ...] = get_args(Loss)
+
+Ranges = Literal["minmax", "percentile", "entropy", "mse"]
+RANGES: tuple[str, ...] = get_args(Ranges)
+
+Scheme = Annotated[str, Meta(pattern=r"^(none|w[248](a[2-8])?)$")]
+"""Name of a quantization scheme; `quantize.formats` says what each stands for."""
+
+
 class PruneConfig(Config, frozen=True):
     """Unstructured pruning of the linear layers inside the decoder blocks.
 
@@ -39,36 +52,81 @@ class PruneConfig(Config, frozen=True):
     sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
 
 
+class Mixture(Config, frozen=True):
+    """Relative weights of the kinds of calibration prompts."""
+
+    harmful: Annotated[float, Meta(ge=0.0)] = 1.0
+    borderline: Annotated[float, Meta(ge=0.0)] = 1.0
+    neutral: Annotated[float, Meta(ge=0.0)] = 1.0
+
+
+class QATConfig(Config, frozen=True):
+    """Quantization-aware training: `calibrate.method: qat`.
+
+    Attributes:
+        objective: `contrastive` (the calibration loss) or `dpo` (Rafailov et al. 2023, on the calibration
+            prompts: the aligned model's answer over the unaligned one's).
+        beta: DPO's temperature.
+        lora_rank: rank of the adapters that are trained; 0 trains all weights of the linears.
+        steps: optimizer steps.
+        lr: AdamW's learning rate; training all weights needs a much smaller one than adapters do.
+    """
+
+    objective: Literal["contrastive", "dpo"] = "contrastive"
+    beta: PositiveFloat = 0.1
+    lora_rank: NotNegative = 8
+    steps: NotNegative = 32
+    lr: PositiveFloat = 1e-3
+
+
 class CalibrateConfig(Config, frozen=True):
     """Contrastive PTQ calibration. Formulas: arXiv 2511.07842; the bounded form is Holdfast's default.
 
     Attributes:
-        loss: `bounded` (minimum at the aligned model), `apc` (the paper's) or `kl` (no push).
+        method: `contrastive` (learned, everything below), `qat`, or an algorithm that knows nothing of
+            alignment: `rtn` (rounding), `smoothquant`, `hqq`, `gptq`, `awq`.
+        loss: `bounded` (minimum at the aligned model), `apc` (the paper's), `kl` (no push) or `mse` (of
+            each block's output, no push).
         alphas: weights of the push term to choose among, on held-out prompts by two-sided flips.
         top_k: size of S_top and S_diff.
-        data: `builtin`, or a JSONL file of {"prompt", "kind": harmful|borderline|neutral}.
-        samples: prompts drawn from it, split evenly over the kinds.
+        data: `builtin`, or a JSONL file of {"prompt", "kind": harmful|borderline|neutral, "category"?}.
+        require_coverage: refuse calibration data that lack a category of the suites, instead of naming it.
+        mixture: shares of the kinds among the samples.
+        mixtures: shares of the kinds among the batches to choose among, each with every alpha; none of
+            them: as drawn.
+        samples: prompts drawn from it.
         held_out_frac: share of the samples kept aside to choose alpha.
         response_tokens: answer tokens of the aligned model that each prompt is followed by.
         first_response_weight: weight of the first response token, falling linearly to 1 over
             `response_tokens`.
+        scope: `end-to-end`, or `blocks` alone, for models that do not fit: one decoder block in memory at
+            a time.
+        block_steps: optimizer steps a block, before the end-to-end ones.
         steps: optimizer steps for each alpha.
         batch_size: prompts a step.
         smooth_frac: SmoothQuant strength of the channel scales that learning starts from; 0 for none.
         start: ranges that learning starts from: `mse` (least squared error) or `minmax`.
-        learn_activations, learn_clip, learn_scales: what is learned: static activation ranges,
-            per-channel weight clips, folded per-channel scales.
-        activation_lr, clip_lr, scale_lr: Adam's learning rates for them.
+        learn_activations, learn_clip, learn_scales, learn_rounding: what is learned: static activation
+            ranges, weight clips, folded per-channel scales, and for weights of 4 bits and below which way
+            each is rounded.
+        activation_lr, clip_lr, scale_lr, rounding_lr: Adam's learning rates for them.
+        qat: settings of `method: qat`.
     """
 
-    loss: Literal["bounded", "apc", "kl"] = "bounded"
+    method: CalibrationMethod = "contrastive"
+    loss: Loss = "bounded"
     alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.1, 0.3)
     top_k: Positive = 500
     data: str = "builtin"
-    samples: Positive = 192
-    held_out_frac: OpenFraction = 0.25
+    require_coverage: bool = False
+    mixture: Mixture = Mixture()
+    mixtures: tuple[Mixture, ...] = ()
+    samples: Positive = 288
+    held_out_frac: OpenFraction = 0.3333333333333333
     response_tokens: Positive = 16
     first_response_weight: Annotated[float, Meta(ge=1.0)] = 4.0
+    scope: Literal["end-to-end", "blocks"] = "end-to-end"
+    block_steps: NotNegative = 0
     steps: NotNegative = 32
     batch_size: Positive = 24
     smooth_frac: Fraction = 0.5
@@ -76,9 +134,12 @@ class CalibrateConfig(Config, frozen=True):
     learn_activations: bool = True
     learn_clip: bool = True
     learn_scales: bool = True
+    learn_rounding: bool = True
     activation_lr: PositiveFloat = 5e-3
     clip_lr: PositiveFloat = 5e-3
     scale_lr: PositiveFloat = 5e-3
+    rounding_lr: PositiveFloat = 5e-3
+    qat: QATConfig = QATConfig()
 
 
 class ExportConfig(Config, frozen=True):
@@ -96,30 +157,70 @@ class ExportConfig(Config, frozen=True):
     atol: PositiveFloat = 1e-3
 
 
+class TuningConfig(Config, frozen=True):
+    """Accuracy-driven tuning by Intel Neural Compressor, with the alignment score as the accuracy.
+
+    It takes linears back to fp32 until the share of calibration prompts whose answer keeps the fp32 graph's
+    label is within the tolerance.
+
+    Attributes:
+        tolerance_frac: how far that share may fall.
+        time_budget_s: no trial begins after it.
+        max_trials: nor after so many.
+        prompts: calibration prompts that are answered in every trial.
+        keep_best: take the best configuration where none is within the tolerance, instead of failing.
+    """
+
+    tolerance_frac: Fraction = 0.02
+    time_budget_s: PositiveFloat = 600.0
+    max_trials: Positive = 50
+    prompts: Positive = 64
+    keep_best: bool = False
+
+
 class QuantizeConfig(Config, frozen=True):
     """Quantization of the graph.
 
     Attributes:
-        scheme: `w8a8` (static QDQ), `w4` (weight-only MatMulNBits) or `none` (fp32).
+        scheme: `w8a8` (8-bit weights per channel, 8-bit static activations; a2 to a8), `w4a8` (4- or 2-bit
+            weights in blocks under static activations), `w4`, `w8`, `w2` (weights alone, in blocks) or
+            `none` (fp32). Activations below 8 bits are clipped before an 8-bit QuantizeLinear: the damage
+            is real, the kernel is still the 8-bit one.
+        mixed: shell pattern of module paths -> scheme, where it is not `scheme`; the last match wins.
         backend: `ort` (ONNX Runtime) or `inc` (Intel Neural Compressor).
-        activation_bits: width of static activations. Below 8 the graph clips before an 8-bit
-            QuantizeLinear: the damage is real, the kernel is still the 8-bit one.
-        block_size: weights that share a scale, for `w4`.
-        accuracy_level: compute type inside MatMulNBits, for `w4`: 0 unset, 1 fp32, 4 int8.
+        block_size: weights that share a scale, where weights are in blocks.
+        symmetric_weights: no zero points for weights in blocks.
+        symmetric_activations: static ranges centred on 0.
+        signed_activations: int8 codes for static activations (S8S8) instead of uint8 (U8S8); symmetric.
+        per_channel: a scale for each output channel of static 8-bit weights, or one for the tensor.
+        ranges: calibrator of static ranges where no calibration learned them: `minmax`, `percentile`,
+            `entropy` or `mse`.
+        accuracy_level: compute type inside MatMulNBits: 0 unset, 1 fp32, 4 int8. It is 1 under static
+            activations.
+        embedding_bits: width of the embedding table: 32, or 8 or 4 (rows are gathered, then dequantized).
         kv_cache: what the artifact keeps of past tokens: `fp32`, `fp16` (attention computes in it as
             well) or `int8` (one scale a layer for keys and one for values). Needs a fused graph.
+        tuning: search for linears to leave in fp32, with the backend `inc` and static schemes.
         exclude: module paths (shell patterns, for example `lm_head`) left in fp32.
         agreement_frac: smallest share of positions that passes where simulation and artifact choose the
             same next token, and where all their logits are within `atol`.
-        atol: absolute logit difference between simulation and artifact that counts as equal.
+        atol: absolute logit difference between simulation and artifact that counts as equal, under 8-bit
+            activations; at fewer bits it grows with the quantization step.
     """
 
-    scheme: Literal["w8a8", "w4", "none"] = "w8a8"
+    scheme: Scheme = "w8a8"
+    mixed: dict[str, Scheme] = {}
     backend: Literal["ort", "inc"] = "ort"
-    activation_bits: Annotated[int, Meta(ge=2, le=8)] = 8
     block_size: Literal[16, 32, 64, 128] = 32
+    symmetric_weights: bool = True
+    symmetric_activations: bool = False
+    signed_activations: bool = False
+    per_channel: bool = True
+    ranges: Ranges = "minmax"
     accuracy_level: Literal[0, 1, 4] = 4
+    embedding_bits: Literal[32, 8, 4] = 32
     kv_cache: KVCache = "fp32"
+    tuning: TuningConfig | None = None
     exclude: tuple[str, ...] = ()
     agreement_frac: Fraction = 0.99
     atol: PositiveFloat = 0.2

@@ -26,7 +26,7 @@ def settle_layout(model: Any) -> None:
     """
     row = row_of(model)
     refuse_settings(row, model.config)
-    replace_conv1d(model, _conv1d_paths(model, row))
+    replace_conv1d(model, conv1d_paths(model, row))
     flattened = {f"{block}.{name}" for block in block_paths(model) for name in row.flattened}
     linears = block_linear_modules(model)
     replace_flattened(model, {path: linear for path, linear in linears.items() if path in flattened})
@@ -34,10 +34,11 @@ def settle_layout(model: Any) -> None:
 
 def stored_state(model: Any) -> dict[str, Tensor] | None:
     """The model's tensors as transformers reads them, where that is not how it holds them now."""
-    paths = _conv1d_paths(model, row_of(model))
+    paths = conv1d_paths(model, row_of(model))
     return checkpoint_state(model, paths) if paths else None
 
 
-def _conv1d_paths(model: Any, row: Row) -> list[str]:
+def conv1d_paths(model: Any, row: Row) -> list[str]:
+    """Module paths of the linears that the checkpoint holds as `Conv1D`."""
     names = row.linears if row.conv1d else ()
     return [f"{block}.{name}" for block in block_paths(model) for name in names]

@@ -281,6 +281,19 @@ def load_whole(folder: Path, find: FindRow, *, role: str) -> Any:
     return _complete_model(checked).eval().requires_grad_(False)
 
 
+def check_streamable(folder: Path, *, role: str) -> SourceRow:
+    """The row of a folder whose weights can be read part by part, under all checks of `load_source`.
+
+    Raises:
+        ModelSourceError, UnsupportedArchitectureError: as `load_source`; an adapter, or a class that
+            transformers does not have.
+    """
+    _require_folder(folder, role)
+    checked = _check_whole(ResolvedSource(folder, str(folder)), role, False)
+    _model_class(checked)
+    return checked.row
+
+
 def _check_whole(
     origin: ResolvedSource, role: str, trust_remote_code: bool, find: FindRow = lookup
 ) -> _Checked:
@@ -429,12 +442,17 @@ def _check_complete(folder: Path, row: SourceRow, report: dict[str, Any]) -> Non
 def _check_finite(folder: Path, model: nn.Module) -> None:
     """NaN or infinity in one weight spreads to every logit, and no comparison would notice."""
     for name, parameter in model.named_parameters():
-        low, high = torch.aminmax(parameter.detach())  # NaN goes through; no mask of the tensor's size
-        if not (low.isfinite() and high.isfinite()):
-            raise ModelSourceError(
-                f"`{name}` in {folder} has values that are not finite: use a checkpoint whose training did "
-                "not diverge, or copy it again."
-            )
+        require_finite(folder, name, parameter.detach())
+
+
+def require_finite(folder: Path, name: str, value: torch.Tensor) -> None:
+    """Raise ModelSourceError where a tensor of `folder` holds NaN or infinity."""
+    low, high = torch.aminmax(value)  # NaN goes through; no mask of the tensor's size
+    if not (low.isfinite() and high.isfinite()):
+        raise ModelSourceError(
+            f"`{name}` in {folder} has values that are not finite: use a checkpoint whose training did "
+            "not diverge, or copy it again."
+        )
 
 
 def _settle_stop_tokens(model: Any, tokenizer: ChatTokenizer) -> ChatTokenizer:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from holdfast.errors import PruneError
 from holdfast.exporter.architectures import block_linear_modules, block_paths
 from holdfast.exporter.source import SourceModel
-from holdfast.prune.activations import advance, first_block_batches, input_norms
+from holdfast.exporter.walk import advance
+from holdfast.prune.activations import first_block_batches, input_norms
 from holdfast.prune.magnitude import magnitude_mask
 from holdfast.prune.wanda import wanda_mask
 from holdfast.recipe import PruneConfig

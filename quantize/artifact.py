@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
 
 from holdfast.chat import ChatTokenizer
@@ -22,53 +21,33 @@ from holdfast.exporter.parity import open_session
 from holdfast.exporter.passes.gather_first import gather_first
 from holdfast.files import disk_errors, write_text
 from holdfast.quantize.backends import inc, ort
-from holdfast.quantize.graph import Graph, histogram, read_blocks, read_static
-from holdfast.quantize.minmax import minmax_ranges
-from holdfast.quantize.plan import quantized_paths, require_whole_products
+from holdfast.quantize.calibrators import calibrated_ranges
+from holdfast.quantize.decisions import Decisions, read_decisions
+from holdfast.quantize.embedding import EmbeddingReport, quantize_embedding, read_embedding
+from holdfast.quantize.formats import FLOAT_BITS, formats
+from holdfast.quantize.graph import Graph, histogram
+from holdfast.quantize.possible import require_possible
 from holdfast.quantize.prompts import BUILTIN, load_calibration
-from holdfast.quantize.record import (
-    CALIBRATION_FILE,
-    ActivationRange,
-    CalibrationRecord,
-    activation_range,
-    read_record,
-)
+from holdfast.quantize.read_back import BLOCK_KERNEL, QuantizedTensor, read_back
+from holdfast.quantize.record import ActivationRange, activation_range, range_of_parameters
 from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.tuning import TuningReport, search
 from holdfast.recipe import QuantizeConfig
 
 REPORT = "quantize.json"
-MINMAX_PROMPTS = 96
-KERNELS = {"w8a8": "MatMulIntegerToFloat", "w4": "MatMulNBits"}
-
-
-class QuantizedTensor(Config, frozen=True):
-    """One linear layer in the artifact, as read back from it.
-
-    Attributes:
-        bits: width of the weights.
-        activation_bits: width of the input's codes, or None where the input stays float32.
-        scale, zero_point: of the input; None for weight-only quantization.
-        weight_scheme: in words.
-        block_size: weights that share a scale; 0 is an output channel.
-        kernel: operator that ONNX Runtime is expected to run.
-    """
-
-    bits: int
-    activation_bits: int | None
-    scale: float | None
-    zero_point: int | None
-    weight_scheme: str
-    block_size: int
-    kernel: str
+CALIBRATION_PROMPTS = 96
 
 
 class QuantizeReport(Config, frozen=True):
     """What was quantized, and how; quantize.json.
 
     Attributes:
-        ranges_from: `calibration`, `minmax` or `none`.
+        method: how weights and ranges were decided, as `calibrate.method` names it.
+        ranges_from: `calibration`, a calibrator as `quantize.ranges` names it, `inc` or `none`.
         tensors: module path -> what it became.
         float32: module paths of linears left in float32.
+        embedding: the token table, where anything was quantized.
+        tuning: what accuracy-driven tuning did, where it was asked for.
         operators: operator type -> nodes in the artifact's graph.
         bytes_before, bytes_after: graph with its external data.
         kv_cache: type of the keys and values that decoding keeps.
@@ -76,128 +55,190 @@ class QuantizeReport(Config, frozen=True):
 
     scheme: str
     backend: str
+    method: str
     ranges_from: str
     tensors: dict[str, QuantizedTensor]
     float32: tuple[str, ...]
     operators: dict[str, int]
     bytes_before: int
     bytes_after: int
+    embedding: EmbeddingReport | None = None
+    tuning: TuningReport | None = None
     kv_cache: str = "fp32"
     accuracy_level: int | None = None
     versions: dict[str, str] = {}
 
 
 def quantize_bundle(
-    export_folder: Path, out: Path, calibration: Path | None, config: QuantizeConfig
+    export_folder: Path,
+    out: Path,
+    calibration: Path | None,
+    config: QuantizeConfig,
+    *,
+    method: str = "rtn",
 ) -> QuantizeReport:
     """Quantize an exported folder into the existing, empty folder `out`.
 
-    Everything but the graph is copied. With a calibration, its ranges are the ones in the graph: they
-    are read back and compared bit for bit. Without one, `w8a8` takes min-max ranges over the built-in
-    calibration prompts, and the report says so.
+    Everything but the graph is copied. With a calibration, its ranges and integer codes are the ones in the
+    graph: they are read back and compared bit for bit. Static ranges that it does not hold are found by the
+    calibrator that `config.ranges` names, on the built-in calibration prompts, and the report says so.
 
     Arguments:
         export_folder: what `holdfast export` wrote, of the calibrated model where there is one.
         calibration: folder with calibration.json, or None.
+        method: algorithm, where there is no calibration: `rtn`, or for `inc` one of its own.
 
     Raises:
         QuantizationError: the calibration was made for other settings, the backend failed, or the
             artifact does not hold what was asked.
     """
     export = read_export(export_folder)
-    paths = quantized_paths(list(export.modules), config.exclude)
-    if config.kv_cache != "fp32" and export.graph.form == "plain":
+    if (export_folder / REPORT).is_file():
         raise QuantizationError(
-            f"`kv_cache: {config.kv_cache}` needs attention as one operator, and this is a plain graph "
-            f"({export.graph.why_plain}): leave the cache in fp32."
+            f"{export_folder} is quantized already (it holds {REPORT}): give the folder that "
+            "`holdfast export` wrote."
         )
-    require_whole_products(export.modules, paths)
-    modules = {path: export.modules[path] for path in paths}
-    model = onnx.load(export_folder / GRAPH)
-    ranges, origin = _ranges(model, modules, export_folder, calibration, config)
+    decided = _decisions(list(export.modules), calibration, config)
+    method = method if calibration is None else decided.origin
+    require_possible(export, decided, config, method)
+    modules = {path: export.modules[path] for path in decided.formats}
     _copy_companions(export_folder, out)
     tensors: dict[str, QuantizedTensor] = {}
-    if config.scheme == "none":
+    ranges_from, embedding, tuning = "none", None, None
+    if not modules:
         _copy_graph(export_folder, out)
     else:
-        interface = onnx.ModelProto(metadata_props=model.metadata_props)
-        interface.graph.input.extend(model.graph.input)
-        quantized = gather_first(_quantized(model, export_folder, modules, ranges, config))
-        _keep_interface(quantized, interface)
-        save_graph(quantized, out)
-        _require_loads(out)
-        tensors = _read_back(onnx.load(out / GRAPH), modules, ranges, config)
+        decided, ranges_from = _with_ranges(decided, export_folder, modules, config)
+        tuning = _write(export_folder, out, modules, decided, config, method)
+        if tuning is not None:
+            decided = decided.without(tuning.float32)
+            modules = {path: export.modules[path] for path in decided.formats}
+        written = onnx.load(out / GRAPH)
+        tensors = read_back(written, modules, decided, config)
+        embedding = read_embedding(Graph(written), export.embedding)
     operators = histogram(onnx.load(out / GRAPH, load_external_data=False))
     report = QuantizeReport(
         scheme=config.scheme,
         backend=config.backend if tensors else "none",
-        ranges_from=origin,
+        method=method if tensors else "none",
+        ranges_from=ranges_from,
+        embedding=embedding,
+        tuning=tuning,
         tensors=tensors,
         float32=tuple(path for path in export.modules if path not in tensors),
         operators=operators,
         bytes_before=graph_bytes(export_folder),
         bytes_after=graph_bytes(out),
-        accuracy_level=config.accuracy_level if config.scheme == "w4" else None,
+        accuracy_level=config.accuracy_level if BLOCK_KERNEL in operators else None,
         versions=_versions(config) if tensors else {},
     )
     write_report(report, out)
     return report
 
 
-def _ranges(
-    model: onnx.ModelProto,
-    modules: dict[str, GraphLinear],
-    export_folder: Path,
-    calibration: Path | None,
-    config: QuantizeConfig,
-) -> tuple[dict[str, ActivationRange], str]:
-    """Input ranges by module path, and where they come from."""
+def ranges_of(report: QuantizeReport, *, signed: bool = False) -> dict[str, ActivationRange]:
+    """Module path -> static input range that the artifact holds."""
+    return {
+        path: range_of_parameters(tensor.scale, tensor.zero_point, tensor.activation_bits, signed=signed)
+        for path, tensor in report.tensors.items()
+        if tensor.scale is not None and tensor.zero_point is not None and tensor.activation_bits is not None
+    }
+
+
+def _decisions(paths: Sequence[str], calibration: Path | None, config: QuantizeConfig) -> Decisions:
     if calibration is not None:
-        record = read_record(calibration)
-        _check_calibration(record, list(modules), config)
-        return record.activation_ranges, "calibration"
-    if config.scheme != "w8a8":
-        return {}, "none"
-    tokenizer = ChatTokenizer.from_folder(export_folder)
-    prompts = [p.prompt for p in load_calibration(BUILTIN, MINMAX_PROMPTS, seed=0)]
-    ends = minmax_ranges(model, modules, chat_prompts(tokenizer, prompts))
-    bits = config.activation_bits
-    return {path: activation_range(*pair, bits) for path, pair in ends.items()}, "minmax"
+        return read_decisions(calibration, paths, config)
+    return Decisions(formats(paths, config))
 
 
-def _check_calibration(record: CalibrationRecord, paths: Sequence[str], config: QuantizeConfig) -> None:
-    """Ranges and clips hold for the settings they were learned for, and no others."""
-    wanted: dict[str, Any] = {"scheme": config.scheme, "exclude": config.exclude}
-    if config.scheme == "w8a8":
-        wanted["activation_bits"] = config.activation_bits
-    if config.scheme == "w4":
-        wanted["block_size"] = config.block_size
-    for name, value in wanted.items():
-        found = getattr(record, name)
-        if found != value:
-            raise QuantizationError(
-                f"The calibration was made for {name} {found!r}, and {value!r} is asked for: "
-                "calibrate again with the settings of the quantization."
-            )
-    missing = [path for path in paths if path not in record.activation_ranges]
-    if config.scheme == "w8a8" and missing:
-        raise QuantizationError(
-            f"The {CALIBRATION_FILE} has no range for `{missing[0]}`: calibrate this model again."
-        )
-
-
-def _quantized(
-    model: onnx.ModelProto,
+def _with_ranges(
+    decided: Decisions,
     export_folder: Path,
     modules: dict[str, GraphLinear],
-    ranges: dict[str, ActivationRange],
     config: QuantizeConfig,
-) -> onnx.ModelProto:
+) -> tuple[Decisions, str]:
+    """The decisions with a range for every static linear, and where the ranges come from."""
+    if not decided.static:
+        return decided, "none"
+    if decided.ranges:
+        return decided, "calibration"
     if config.backend == "inc":
-        return inc.quantize(export_folder, modules, ranges, config)
-    if config.scheme == "w8a8":
-        return ort.quantize_static(model, modules, ranges, config)
-    return ort.quantize_blocks(model, modules, config)
+        return decided, "inc"
+    static = {path: modules[path] for path in decided.static}
+    forms = {decided.formats[path] for path in static}
+    found: dict[str, ActivationRange] = {}
+    for form in forms:
+        own = {path: place for path, place in static.items() if decided.formats[path] == form}
+        ends = calibrated_ranges(
+            export_folder / GRAPH,
+            own,
+            calibration_prompts(export_folder),
+            method=config.ranges,
+            bits=form.activation_bits or 8,
+            symmetric=form.symmetric_activations,
+        )
+        found |= {path: activation_range(*pair, form) for path, pair in ends.items()}
+    return replace(decided, ranges=found), config.ranges
+
+
+def calibration_prompts(export_folder: Path) -> list[list[int]]:
+    """Token ids of the built-in calibration prompts, for what is calibrated on the graph."""
+    prompts = [p.prompt for p in load_calibration(BUILTIN, CALIBRATION_PROMPTS, seed=0)]
+    return chat_prompts(ChatTokenizer.from_folder(export_folder), prompts)
+
+
+def _write(
+    export_folder: Path,
+    out: Path,
+    modules: dict[str, GraphLinear],
+    decided: Decisions,
+    config: QuantizeConfig,
+    method: str,
+) -> TuningReport | None:
+    """The quantized graph, loaded once by ONNX Runtime."""
+    model, report = onnx.load(export_folder / GRAPH), None
+    if config.backend == "inc":
+        interface = onnx.ModelProto(metadata_props=model.metadata_props)
+        interface.graph.input.extend(model.graph.input)
+        prompts = calibration_prompts(export_folder)
+        if config.tuning is not None:
+            result, report = search(export_folder, modules, decided.formats, prompts, config.tuning)
+            model = result.model
+        else:
+            model = inc.quantize(
+                export_folder,
+                modules,
+                decided.formats,
+                decided.ranges or None,
+                decided.codes or None,
+                config,
+                method=_inc_method(decided, method),
+                prompts=prompts,
+            )
+        model = gather_first(model)
+        _keep_interface(model, interface)
+    else:
+        model = ort.quantize(model, modules, decided, config)
+    if config.embedding_bits != FLOAT_BITS:
+        export = read_export(export_folder)
+        quantize_embedding(
+            model,
+            export.embedding,
+            bits=config.embedding_bits,
+            block_size=config.block_size,
+            portable=export.target == "portable",
+        )
+    save_graph(model, out)
+    _require_loads(out)
+    return report
+
+
+def _inc_method(decided: Decisions, method: str) -> inc.Method:
+    """neural-compressor's algorithm: its own, or the one whose numbers are overwritten by those decided."""
+    own: dict[str, inc.Method] = {"gptq": "gptq", "awq": "awq", "smoothquant": "smoothquant"}
+    if decided.codes or method not in own:
+        return "static" if decided.static else "rtn"
+    return own[method]
 
 
 def _copy_companions(export_folder: Path, out: Path) -> None:
@@ -239,83 +280,6 @@ def _require_loads(out: Path) -> None:
             f"The backend wrote a graph that ONNX Runtime refuses ({error}): use `backend: ort`, or "
             "exclude the linear that it names."
         ) from error
-
-
-def _read_back(
-    model: onnx.ModelProto,
-    modules: dict[str, GraphLinear],
-    ranges: dict[str, ActivationRange],
-    config: QuantizeConfig,
-) -> dict[str, QuantizedTensor]:
-    """Every linear as the artifact holds it, compared with what was asked."""
-    graph = Graph(model)
-    products = {linear.node for linear in modules.values()}
-    _check_histogram(histogram(model), len(products), config.scheme)
-    if config.scheme == "w4":
-        return {p: _block_tensor(graph, p, linear, config) for p, linear in modules.items()}
-    return {p: _static_tensor(graph, p, linear, ranges[p], config) for p, linear in modules.items()}
-
-
-def _check_histogram(found: dict[str, int], linears: int, scheme: str) -> None:
-    """No more was quantized than what was asked for, and with no other operators."""
-    quantizing = {
-        name: count
-        for name, count in found.items()
-        if any(part in name for part in ("uantize", "QLinear", "Integer", "NBits", "QAttention"))
-    }
-    pairs = quantizing.get("QuantizeLinear", 0)
-    wanted = {"QuantizeLinear": pairs, "DequantizeLinear": pairs + linears}
-    if scheme == "w4":
-        wanted = {"MatMulNBits": linears}
-    if quantizing != wanted:
-        raise QuantizationError(
-            f"The backend was asked to quantize {linears} linears and wrote {quantizing}: "
-            "use the other backend, and report this."
-        )
-
-
-def _static_tensor(
-    graph: Graph, path: str, linear: GraphLinear, learned: ActivationRange, config: QuantizeConfig
-) -> QuantizedTensor:
-    found = read_static(graph, path, linear.output)
-    if (found.scale, found.zero_point) != (np.float32(learned.scale), learned.zero_point):
-        raise QuantizationError(
-            f"The artifact quantizes the input of `{path}` with scale {found.scale} and zero point "
-            f"{found.zero_point}, and calibration decided {learned.scale} and {learned.zero_point}."
-        )
-    clips = config.activation_bits < 8
-    if found.input != linear.input or (found.clip is not None) != clips:
-        raise QuantizationError(
-            f"The artifact does not quantize what `{path}` reads, or not to {config.activation_bits} bits."
-        )
-    return QuantizedTensor(
-        bits=8,
-        activation_bits=config.activation_bits,
-        scale=float(found.scale),
-        zero_point=found.zero_point,
-        weight_scheme="int8, symmetric, per output channel",
-        block_size=0,
-        kernel=KERNELS["w8a8"],
-    )
-
-
-def _block_tensor(graph: Graph, path: str, linear: GraphLinear, config: QuantizeConfig) -> QuantizedTensor:
-    found = read_blocks(graph, path, linear.output)
-    wanted = (4, config.block_size, config.accuracy_level, True)
-    if (found.bits, found.block_size, found.accuracy_level, found.symmetric) != wanted:
-        raise QuantizationError(
-            f"The artifact holds `{path}` with {found.bits} bits in blocks of {found.block_size} at "
-            f"accuracy_level {found.accuracy_level}, and {wanted[:3]} was asked for."
-        )
-    return QuantizedTensor(
-        bits=4,
-        activation_bits=None,
-        scale=None,
-        zero_point=None,
-        weight_scheme="int4, symmetric, per block of input channels",
-        block_size=found.block_size,
-        kernel=KERNELS["w4"],
-    )
 
 
 def _versions(config: QuantizeConfig) -> dict[str, str]:

@@ -4,10 +4,12 @@ Conventions of ONNX `QuantizeLinear` and `onnxruntime.quantization`:
 
 - `code = clamp(round(x / scale) + zero_point, low, high)`, division and rounding in float32, ties to
   the even neighbour; `x' = (code - zero_point) * scale`.
-- Activations: one asymmetric range for each tensor, codes 0..2^bits - 1. The range always holds 0.
-- Weights at 8 bits: symmetric for each output channel, `scale = absmax / 127`, codes -127..127.
-- Weights at 4 bits: symmetric for each block of input channels, `scale = extreme / -8`, codes -8..7,
-  as `MatMulNBits` stores them.
+- Activations: one range for each tensor, asymmetric with codes 0..2^bits - 1 unless symmetric or signed
+  ones are asked for. The range always holds 0.
+- 8-bit weights under static activations: symmetric for each output channel, `scale = absmax / 127`,
+  codes -127..127.
+- Other weights, as `MatMulNBits` stores them: for each block of input channels, all signed codes and
+  `scale = extreme / -2^(bits - 1)`, or asymmetric with a zero point.
 
 Scales are computed in float64 and rounded once to float32, as `compute_scale_zp` does.
 """
@@ -20,30 +22,46 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from holdfast.quantize.codes import WeightCodes
+from holdfast.quantize.formats import Format
+
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 WEIGHT_CODE_MAX = 127
 
 
-def activation_parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def activation_parameters(
+    low: Tensor, high: Tensor, bits: int, *, symmetric: bool = False, signed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a static activation range.
 
     Arguments:
         low, high: float32 scalars, the range [low, high]; it is widened to hold 0.
         bits: width of the codes, 2 to 8.
+        symmetric: widen the range to [-m, m].
+        signed: codes are signed, which is symmetric with the zero point 0.
 
     Returns:
         scale, zero_point: float32 scalars; the zero point holds an integer. Both carry gradients
         to `low` and `high` (straight through the rounding of the zero point). An empty range gives
         scale 1 and zero point 0, as ONNX Runtime does.
     """
-    low64 = low.double().clamp(max=0.0)
-    span = high.double().clamp(min=0.0) - low64
-    scale = span / (2**bits - 1)
+    low64, high64 = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+    if symmetric or signed:
+        high64 = torch.maximum(-low64, high64)
+        low64 = -high64
+    first, last = activation_codes(bits, signed=signed)
+    scale = (high64 - low64) / (last - first)
     if float(scale.detach()) < SMALLEST_NORMAL:
         return torch.ones_like(low), torch.zeros_like(low)
-    exact = -low64 / scale
+    exact = first - low64 / scale
     zero_point = exact + (exact.round() - exact).detach()
     return scale.float(), zero_point.float()
+
+
+def activation_codes(bits: int, *, signed: bool = False) -> tuple[int, int]:
+    """Smallest and largest code of an activation."""
+    half = 2 ** (bits - 1)
+    return (1 - half, half - 1) if signed else (0, 2 * half - 1)
 
 
 def channel_scale(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
@@ -67,11 +85,11 @@ def channel_limit(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
     return limit if clip_frac is None else limit * clip_frac[:, None]
 
 
-def block_scale(blocks: Tensor, clip_frac: Tensor | None = None) -> Tensor:
-    """Symmetric 4-bit scale of every block, with the sign that ONNX Runtime gives it.
+def block_scale(blocks: Tensor, clip_frac: Tensor | None = None, bits: int = 4) -> Tensor:
+    """Symmetric scale of every block, with the sign that ONNX Runtime gives it.
 
-    The element of largest magnitude becomes code -8, so the scale is negative where that element is
-    positive; where both ends are equally large the negative one decides.
+    The element of largest magnitude becomes the lowest code, -8 at 4 bits, so the scale is negative where
+    that element is positive; where both ends are equally large the negative one decides.
 
     Arguments:
         blocks: float32 [out, blocks, block_size].
@@ -83,7 +101,27 @@ def block_scale(blocks: Tensor, clip_frac: Tensor | None = None) -> Tensor:
     if clip_frac is not None:
         blocks = torch.minimum(torch.maximum(blocks, -(limit := block_limit(blocks, clip_frac))), limit)
     low, high = blocks.amin(dim=2, keepdim=True), blocks.amax(dim=2, keepdim=True)
-    return torch.where(high.abs() > low.abs(), high, low) / -8.0
+    return torch.where(high.abs() > low.abs(), high, low) / -(2.0 ** (bits - 1))
+
+
+def block_grid(blocks: Tensor, clip_frac: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Asymmetric scale and zero point of every block, as ONNX Runtime's block quantizer has them.
+
+    Arguments:
+        blocks, clip_frac: as in `block_scale`; the clip shortens both ends.
+
+    Returns:
+        scale, zero_point: float32 [out, blocks, 1]; the zero point is an unsigned code, with a straight
+        gradient through its rounding.
+    """
+    frac = 1.0 if clip_frac is None else clip_frac[:, :, None]
+    low = blocks.amin(dim=2, keepdim=True).clamp(max=0.0) * frac
+    high = blocks.amax(dim=2, keepdim=True).clamp(min=0.0) * frac
+    most = 2.0**bits - 1.0
+    scale = (high - low) / most
+    exact = -low / torch.where(scale == 0.0, 1.0, scale)
+    rounded = (exact + 0.5).floor().clamp(0.0, most)
+    return scale, exact + (rounded - exact).detach()
 
 
 def block_limit(blocks: Tensor, clip_frac: Tensor) -> Tensor:
@@ -92,7 +130,12 @@ def block_limit(blocks: Tensor, clip_frac: Tensor) -> Tensor:
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """[out, in] to [out, ceil(in / block_size), block_size]; the last block is padded with zeros."""
+    """[out, in] to [out, ceil(in / block_size), block_size]; the last block is padded with zeros.
+
+    A block size of 0 is the whole row.
+    """
+    if not block_size:
+        return weight[:, None, :]
     padding = -weight.shape[1] % block_size
     padded = torch.nn.functional.pad(weight, (0, padding))
     return padded.reshape(weight.shape[0], -1, block_size)
@@ -144,10 +187,18 @@ def fake_quantize(values: Tensor, scale: Tensor, zero_point: Tensor, low: int, h
     return result
 
 
-def fake_quantize_activation(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+def fake_quantize_activation(
+    values: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = False,
+    signed: bool = False,
+) -> Tensor:
     """Static per-tensor activation quantization to the range [low, high]."""
-    scale, zero_point = activation_parameters(low, high, bits)
-    return fake_quantize(values, scale, zero_point, 0, 2**bits - 1)
+    scale, zero_point = activation_parameters(low, high, bits, symmetric=symmetric, signed=signed)
+    return fake_quantize(values, scale, zero_point, *activation_codes(bits, signed=signed))
 
 
 def fake_quantize_channels(weight: Tensor, clip_frac: Tensor | None = None) -> Tensor:
@@ -156,56 +207,102 @@ def fake_quantize_channels(weight: Tensor, clip_frac: Tensor | None = None) -> T
     return fake_quantize(weight, scale, weight.new_zeros(()), -WEIGHT_CODE_MAX, WEIGHT_CODE_MAX)
 
 
-def fake_quantize_blocks(weight: Tensor, block_size: int, clip_frac: Tensor | None = None) -> Tensor:
-    """4-bit blockwise weights as MatMulNBits stores them; [out, in] to [out, in].
+def fake_quantize_weight(
+    weight: Tensor, form: Format, clip_frac: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
+    """A weight as the artifact holds it, [out, in] to [out, in], with gradients to all three.
 
-    Gradients are those of `FakeQuantize`, which rounds ties to even.
+    Arguments:
+        clip_frac: float32 [out] or [out, blocks], share of each scale's range that is kept.
+        offset: float32 [out, in], added to every quotient before it is rounded (SignRound, Cheng et al.
+            2023, equation 3); 0 is rounding to nearest.
+
+    Gradients are those of `FakeQuantize`, which rounds ties to even; the values are `round_weight`'s.
     """
-    blocks = to_blocks(weight, block_size)
-    scale = block_scale(blocks, clip_frac)
-    scale = torch.where(scale == 0.0, 1.0, scale)
-    learnable = fake_quantize(blocks, scale, weight.new_zeros(()), -8, 7)
+    scale, zero_point = weight_grid(weight, form, clip_frac)
+    blocks = to_blocks(weight, form.block_size)
+    low, high = (form.code_low, form.code_high) if form.symmetric_weights else (0, 2**form.weight_bits - 1)
+    shifted = blocks
+    if offset is not None:
+        shifted = blocks + to_blocks(offset, form.block_size) * scale.detach()
+    learnable = fake_quantize(shifted, scale, zero_point, low, high)
     with torch.no_grad():
-        exact = block_codes(blocks, scale) * scale - learnable
-    return (learnable + exact).flatten(1)[:, : weight.shape[1]]
+        exact = round_weight(weight, form, clip_frac, offset).dequantized()
+        correction = exact - learnable.flatten(1)[:, : weight.shape[1]]
+    return learnable.flatten(1)[:, : weight.shape[1]] + correction
 
 
-def block_codes(blocks: Tensor, scale: Tensor) -> Tensor:
-    """Codes -8..7 as ONNX Runtime's MatMulNBits packer computes them, kept as float32.
+def weight_grid(weight: Tensor, form: Format, clip_frac: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale and unsigned or zero zero point, float32 [out, blocks, 1]; a block of zeros has scale 1."""
+    zero = weight.new_zeros(())
+    if not form.in_blocks:
+        rows = channel_limit(weight, clip_frac)
+        scale = channel_scale(rows if form.per_channel else rows.amax().expand_as(rows))
+        return scale[:, :, None], zero
+    blocks = to_blocks(weight, form.block_size)
+    if form.symmetric_weights:
+        scale = block_scale(blocks, clip_frac, form.weight_bits)
+    else:
+        scale, zero = block_grid(blocks, clip_frac, form.weight_bits)
+    return torch.where(scale == 0.0, 1.0, scale), zero
 
-    It multiplies by the reciprocal of the scale, adds 8 and applies `roundf`, so ties go up. They are
-    common: weights stored in 16 bits lie on them exactly.
+
+@torch.no_grad()
+def round_weight(
+    weight: Tensor, form: Format, clip_frac: Tensor | None = None, offset: Tensor | None = None
+) -> WeightCodes:
+    """Integer codes of a weight; see `fake_quantize_weight`. Without clip and offset: rounding to nearest,
+    bit for bit as ONNX Runtime's own quantizers do it."""
+    scale, zero_point = weight_grid(weight, form, clip_frac)
+    blocks = to_blocks(weight, form.block_size)
+    shift = 0.0 if offset is None else to_blocks(offset, form.block_size)
+    if form.in_blocks:
+        middle = 2.0 ** (form.weight_bits - 1)
+        codes = block_codes(blocks, scale, form.weight_bits, zero_point, shift, form.symmetric_weights)
+    else:
+        codes = (blocks / scale + shift).round().clamp(form.code_low, form.code_high)
+        middle = 0.0
+    return WeightCodes(
+        codes=codes.flatten(1)[:, : weight.shape[1]].to(torch.int8),
+        scales=scale.squeeze(2).contiguous(),
+        zero_points=None if form.symmetric_weights else (zero_point - middle).squeeze(2).to(torch.int8),
+        bits=form.weight_bits,
+        block_size=form.block_size,
+    )
+
+
+def block_codes(
+    blocks: Tensor,
+    scale: Tensor,
+    bits: int = 4,
+    zero_point: Tensor | None = None,
+    shift: Tensor | float = 0.0,
+    symmetric: bool = True,
+) -> Tensor:
+    """Signed codes as ONNX Runtime's MatMulNBits packer computes them, kept as float32.
+
+    It multiplies by the reciprocal of the scale, adds the zero point and applies `roundf`, so ties go up.
+    They are common: weights stored in 16 bits lie on them exactly.
     """
-    shifted = blocks * (1.0 / scale) + 8.0
+    middle = 2.0 ** (bits - 1)
+    zero = middle if symmetric or zero_point is None else zero_point
+    shifted = blocks * (1.0 / scale) + zero + shift
     floor = shifted.floor()
-    return (floor + (shifted - floor >= 0.5)).clamp(0.0, 15.0) - 8.0
-
-
-def fake_quantize_blocks_inc(weight: Tensor, block_size: int) -> Tensor:
-    """4-bit blockwise weights as neural-compressor's symmetric RTN stores them; [out, in] to [out, in].
-
-    It spreads 16 codes over twice the absmax, so every block's extreme lies on a tie: the division has
-    to be the float64 one that it does.
-    """
-    blocks = to_blocks(weight, block_size).double()
-    scale = blocks.abs().amax(dim=2, keepdim=True) * 2.0 / 15.0
-    scale = torch.where(scale == 0.0, 1.0, scale)
-    codes = (blocks / scale + 8.0).round().clamp(0.0, 15.0) - 8.0
-    result = codes.float() * scale.float()
-    return result.flatten(1)[:, : weight.shape[1]]
+    return (floor + (shifted - floor >= 0.5)).clamp(0.0, 2.0 * middle - 1.0) - middle
 
 
 def fake_quantize_rows_int8(values: Tensor, block_size: int) -> Tensor:
     """Dynamic int8 activations inside MatMulNBits at accuracy_level 4.
 
-    Every row is cut into blocks of `block_size` input channels, symmetric, `scale = absmax / 127`.
+    Every row is cut into blocks of `block_size` input channels, symmetric, `scale = absmax / 127`. The
+    kernel multiplies by the float32 reciprocal of that scale, which decides the ties that statically
+    quantized values lie on.
 
     Arguments:
         values: float32 [..., in].
     """
     rows = values.reshape(-1, values.shape[-1])
     blocks = to_blocks(rows, block_size)
-    scale = blocks.abs().amax(dim=2, keepdim=True) / 127.0
-    safe = torch.where(scale == 0.0, 1.0, scale)
-    result = fake_quantize(blocks, safe, values.new_zeros(()), -127, 127)
+    scale = blocks.abs().amax(dim=2, keepdim=True) / WEIGHT_CODE_MAX
+    result = (blocks * (1.0 / torch.where(scale == 0.0, 1.0, scale))).round() * scale
     return result.flatten(1)[:, : values.shape[-1]].reshape(values.shape)

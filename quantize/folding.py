@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import CalibrationError
 from holdfast.exporter.architectures import row_of
-from holdfast.quantize.fakequant import block_limit, channel_limit, to_blocks
-from holdfast.quantize.learnable import Learnables, QuantLinear
+from holdfast.quantize.learnable import Learnables
 from holdfast.quantize.plan import InputGroup
 
 
@@ -37,38 +36,14 @@ def fold_scales(model: nn.Module, group: InputGroup, scales: Tensor) -> None:
             bias.div_(scales)
 
 
-def clip_channels(weight: Tensor, clip_frac: Tensor) -> Tensor:
-    """Weights clipped so that each output channel's absmax is its learned clip; [out, in]."""
-    limit = channel_limit(weight, clip_frac)
-    return torch.minimum(torch.maximum(weight, -limit), limit)
-
-
-def clip_blocks(weight: Tensor, clip_frac: Tensor, block_size: int) -> Tensor:
-    """Weights clipped so that each block's absmax is its learned clip; [out, in]."""
-    blocks = to_blocks(weight, block_size)
-    limit = block_limit(blocks, clip_frac)
-    clipped = torch.minimum(torch.maximum(blocks, -limit), limit)
-    return clipped.flatten(1)[:, : weight.shape[1]]
-
-
 def fold(learned: Learnables) -> None:
-    """Fold scales first, then bake the clips, in the model that `learned` belongs to (detached)."""
-    model = learned.model
+    """Fold the channel scales into the model that `learned` belongs to (detached).
+
+    The weights stay as they were otherwise: clips and roundings are in the integer codes.
+    """
     for group in learned.plan:
-        scales = learned.groups[group.name].log_scale.detach().exp()
         if group.producer is not None:
-            fold_scales(model, group, scales)
-    with torch.no_grad():
-        for linear in learned.linears.values():
-            if linear.quantized and bool((linear.clip_frac < 1.0).any()):
-                linear.linear.weight.copy_(_clipped(linear))
-
-
-def _clipped(linear: QuantLinear) -> Tensor:
-    weight, clip_frac = linear.linear.weight, linear.clip_frac
-    if linear.config.scheme == "w4":
-        return clip_blocks(weight, clip_frac, linear.config.block_size)
-    return clip_channels(weight, clip_frac)
+            fold_scales(learned.model, group, learned.groups[group.name].log_scale.detach().exp())
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:

@@ -18,22 +18,33 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class QuantizedInput:
+    """A QuantizeLinear and DequantizeLinear pair in front of a product.
+
+    Attributes:
+        name: float tensor that is quantized (before a Clip, where there is one).
+        scale: float32 scalar.
+        zero_point: code of 0.
+        clip: float32 ends of a Clip before QuantizeLinear, or None.
+    """
+
+    name: str
+    scale: np.float32
+    zero_point: int
+    clip: tuple[np.float32, np.float32] | None
+
+
+@dataclass(frozen=True)
 class StaticLinear:
     """A MatMul between QuantizeLinear/DequantizeLinear pairs.
 
     Attributes:
-        input: float tensor that is quantized (before a Clip, where there is one).
-        scale: float32 scalar, scale of the input.
-        zero_point: code of 0.
-        clip: float32 ends of a Clip before QuantizeLinear, or None.
+        input: how its input is quantized.
         weight_scale: float32 [out].
         weight_codes: int8 [in, out].
     """
 
-    input: str
-    scale: np.float32
-    zero_point: int
-    clip: tuple[np.float32, np.float32] | None
+    input: QuantizedInput
     weight_scale: Array
     weight_codes: Array
 
@@ -43,12 +54,14 @@ class BlockLinear:
     """A MatMulNBits node.
 
     Attributes:
+        input: tensor that it multiplies.
         bits, block_size, accuracy_level: its attributes; the level is 0 where the node has none.
         scales: float32 [out * blocks].
-        packed: uint8 [out, blocks, block_size / 2], two codes a byte.
-        symmetric: no zero points are stored (they are 8).
+        packed: uint8 [out, blocks, block_size * bits / 8].
+        symmetric: no zero points are stored (they are in the middle).
     """
 
+    input: str
     bits: int
     block_size: int
     accuracy_level: int
@@ -96,20 +109,31 @@ def read_static(graph: Graph, path: str, output: str) -> StaticLinear:
         QuantizationError: it is not quantized the way that static W8A8 is.
     """
     matmul = graph.producer(output, "MatMul", path)
-    dequantize = graph.producer(matmul.input[0], "DequantizeLinear", path)
+    weight = graph.producer(matmul.input[1], "DequantizeLinear", path)
+    return StaticLinear(
+        input=read_input(graph, path, matmul.input[0]),
+        weight_scale=graph.value(weight.input[1]),
+        weight_codes=graph.value(weight.input[0]),
+    )
+
+
+def read_input(graph: Graph, path: str, name: str) -> QuantizedInput:
+    """The pair that gives the tensor `name`.
+
+    Raises:
+        QuantizationError: there is none, or its two halves differ.
+    """
+    dequantize = graph.producer(name, "DequantizeLinear", path)
     quantize = graph.producer(dequantize.input[0], "QuantizeLinear", path)
     if list(quantize.input[1:]) != list(dequantize.input[1:]):
         raise QuantizationError(f"`{path}` is quantized and dequantized with different parameters.")
-    weight = graph.producer(matmul.input[1], "DequantizeLinear", path)
     before = graph.producers.get(quantize.input[0])
     clipped = before is not None and before.op_type == "Clip"
-    return StaticLinear(
-        input=before.input[0] if before is not None and clipped else quantize.input[0],
+    return QuantizedInput(
+        name=before.input[0] if before is not None and clipped else quantize.input[0],
         scale=np.float32(graph.value(quantize.input[1])),
         zero_point=int(graph.value(quantize.input[2])),
         clip=_clip_ends(graph, before) if before is not None and clipped else None,
-        weight_scale=graph.value(weight.input[1]),
-        weight_codes=graph.value(weight.input[0]),
     )
 
 
@@ -126,6 +150,7 @@ def read_blocks(graph: Graph, path: str, output: str) -> BlockLinear:
     node = graph.producer(output, "MatMulNBits", path)
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return BlockLinear(
+        input=node.input[0],
         bits=attributes["bits"],
         block_size=attributes["block_size"],
         accuracy_level=attributes.get("accuracy_level", 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from holdfast.config import encode
 from holdfast.evals.judge import Label, label_answer
 from holdfast.exporter.source import SourceModel
 from holdfast.exporter.torch_model import TorchLanguageModel
@@ -12,6 +13,7 @@ from holdfast.quantize.losses import References, contrastive_loss
 from holdfast.quantize.record import Candidate
 from holdfast.quantize.reference_cache import position_logits
 from holdfast.quantize.sequences import Batch, even_rows
+from holdfast.recipe import Mixture
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,14 @@ class HeldOut:
         learned: Learnables,
         *,
         alpha: float,
+        mixture: Mixture | None,
         losses: tuple[float, ...],
     ) -> Candidate:
         """Answer with the attached quantized model and compare; it has to be attached."""
         with learned.frozen():
             model = TorchLanguageModel(working.model, working.tokenizer, "candidate", self.batch_size)
             ids = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
-            changed, divergence = self._distance(working)
+            changed, divergence = self.distance(working)
         answers = [working.tokenizer.decode(answer) for answer in ids]
         lost, gained, other = count_flips(
             [label_answer(answer) for answer in self.answers],
@@ -57,10 +60,11 @@ class HeldOut:
             flips_other=other,
             changed_tokens_frac=changed,
             divergence=divergence,
+            mixture=None if mixture is None else encode(mixture),
             losses=losses,
         )
 
-    def _distance(self, working: SourceModel) -> tuple[float, float]:
+    def distance(self, working: SourceModel) -> tuple[float, float]:
         """Share of answer positions with another likeliest token, and mean KL in nats."""
         changed = counted = weight = total = 0.0
         for rows in even_rows(len(self.batch.ids), self.batch_size):

@@ -1,6 +1,6 @@
-"""What calibration learns, attached to a model: ranges, weight clips and channel scales.
+"""What calibration learns, attached to a model: ranges, weight clips, channel scales and rounding.
 
-Everything is multiplicative (zero weights stay zero) and expressible in plain ONNX after `folding`.
+Everything is expressible in plain ONNX: scales are folded, clips and roundings end in integer codes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from holdfast.quantize.fakequant import (
-    fake_quantize_activation,
-    fake_quantize_blocks,
-    fake_quantize_channels,
-)
+from holdfast.quantize.codes import WeightCodes
+from holdfast.quantize.fakequant import fake_quantize_activation, fake_quantize_weight, round_weight
+from holdfast.quantize.formats import Format
 from holdfast.quantize.plan import InputGroup
-from holdfast.recipe import QuantizeConfig
 
 LEAST_CLIP_FRAC = 0.3
+LARGEST_OFFSET = 0.5
+ROUNDED_BITS = 4
+"""Widths up to which the direction of rounding is learned."""
 
 
 class GroupQuantizer(nn.Module):
@@ -55,20 +55,25 @@ class GroupQuantizer(nn.Module):
 class QuantLinear(nn.Module):
     """A linear with fake-quantized input and weight: `FQ(x / s) @ FQ(W * s).T + b`.
 
-    With `quantized` off, only the channel scales act, which cancel.
+    Without a format, only the channel scales act, which cancel.
 
     Attributes:
-        clip_frac: float32 [out] (8 bits) or [out, blocks] (4 bits), share of the absmax kept.
+        clip_frac: float32 [out] (one scale a channel) or [out, blocks], share of the absmax kept.
+        offset: float32 [out, in] added to the quotients before they are rounded; None where rounding is to
+            nearest.
     """
 
     def __init__(
-        self, linear: nn.Linear, group: GroupQuantizer, config: QuantizeConfig, *, quantized: bool
+        self, linear: nn.Linear, group: GroupQuantizer, form: Format | None, *, rounding: bool
     ) -> None:
         super().__init__()
-        self.linear, self.group, self.config, self.quantized = linear, group, config, quantized
+        self.linear, self.group, self.form = linear, group, form
         rows, columns = linear.weight.shape
-        shape = (rows, -(-columns // config.block_size)) if config.scheme == "w4" else (rows,)
+        in_blocks = form is not None and form.in_blocks
+        shape = (rows, -(-columns // form.block_size)) if form is not None and in_blocks else (rows,)
         self.clip_frac = nn.Parameter(torch.ones(shape))
+        learned = rounding and form is not None and form.weight_bits <= ROUNDED_BITS
+        self.offset = nn.Parameter(torch.zeros(rows, columns)) if learned else None
         self.frozen: Tensor | None = None
 
     @property
@@ -83,21 +88,39 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         return self.linear.weight
 
+    def scaled_weight(self) -> Tensor:
+        return self.linear.weight * self.group.channel_scales()
+
     def quantized_weight(self) -> Tensor:
-        weight = self.linear.weight * self.group.channel_scales()
-        if not self.quantized:
+        weight = self.scaled_weight()
+        if self.form is None:
             return weight
-        if self.config.scheme == "w4":
-            return fake_quantize_blocks(weight, self.config.block_size, self.clip_frac)
-        return fake_quantize_channels(weight, self.clip_frac)
+        return fake_quantize_weight(weight, self.form, self.clip_frac, self._offset(weight))
+
+    def folded_codes(self) -> WeightCodes:
+        """The integer codes, once the channel scales are folded into the weight; needs a format."""
+        assert self.form is not None
+        weight = self.linear.weight
+        return round_weight(weight, self.form, self.clip_frac, self._offset(weight))
 
     def forward(self, values: Tensor) -> Tensor:
         values = values / self.group.channel_scales()
-        if self.quantized and self.config.scheme == "w8a8":
+        if self.form is not None and self.form.activation_bits is not None:
             low, high = self.group.range()
-            values = fake_quantize_activation(values, low, high, self.config.activation_bits)
+            values = fake_quantize_activation(
+                values,
+                low,
+                high,
+                self.form.activation_bits,
+                symmetric=self.form.symmetric_activations,
+                signed=self.form.signed_activations,
+            )
         weight = self.quantized_weight() if self.frozen is None else self.frozen
         return nn.functional.linear(values, weight, self.linear.bias)
+
+    def _offset(self, weight: Tensor) -> Tensor | None:
+        """Pruned weights stay zero: they are not rounded away from it."""
+        return None if self.offset is None else self.offset * (weight != 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,7 @@ class Learnables:
     """The quantizers attached to one model.
 
     Attributes:
+        plan: the groups that are learned, of the whole model or of one block.
         groups: group name -> its quantizer.
         linears: module path -> the linear that took its place.
     """
@@ -122,10 +146,11 @@ class Learnables:
         model: nn.Module,
         groups: Sequence[InputGroup],
         starts: dict[str, Start],
-        config: QuantizeConfig,
-        quantized: Sequence[str],
+        formats: dict[str, Format],
+        *,
+        rounding: bool,
     ) -> None:
-        self.model, self.plan, self.scheme = model, list(groups), config.scheme
+        self.model, self.plan, self.formats = model, list(groups), formats
         self.groups: dict[str, GroupQuantizer] = {}
         self.linears: dict[str, QuantLinear] = {}
         for group in groups:
@@ -135,7 +160,7 @@ class Learnables:
             for path in group.consumers:
                 linear = model.get_submodule(path)
                 assert isinstance(linear, nn.Linear)
-                self.linears[path] = QuantLinear(linear, quantizer, config, quantized=path in quantized)
+                self.linears[path] = QuantLinear(linear, quantizer, formats.get(path), rounding=rounding)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -167,7 +192,10 @@ class Learnables:
             for name, group in self.groups.items()
             for key, value in group.named_parameters()
         }
-        return named | {f"{p}.clip_frac": linear.clip_frac for p, linear in self.linears.items()}
+        named |= {f"{p}.clip_frac": linear.clip_frac for p, linear in self.linears.items()}
+        return named | {
+            f"{p}.offset": linear.offset for p, linear in self.linears.items() if linear.offset is not None
+        }
 
     def state(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.parameters().items()}
@@ -178,15 +206,22 @@ class Learnables:
                 value.copy_(state[name])
 
     def project(self) -> None:
-        """After an optimizer step: clips stay within [LEAST_CLIP_FRAC, 1]."""
+        """After an optimizer step: clips stay within [LEAST_CLIP_FRAC, 1], offsets within half a step."""
         with torch.no_grad():
             for linear in self.linears.values():
                 linear.clip_frac.clamp_(LEAST_CLIP_FRAC, 1.0)
+                if linear.offset is not None:
+                    linear.offset.clamp_(-LARGEST_OFFSET, LARGEST_OFFSET)
 
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Module path -> static input range of the quantized linears; float32 values."""
+        """Module path -> static input range, of the linears that have one; float32 values."""
         return {
             path: (float((r := linear.group.range())[0].detach()), float(r[1].detach()))
             for path, linear in self.linears.items()
-            if linear.quantized
+            if linear.form is not None and linear.form.activation_bits is not None
         }
+
+    def folded_codes(self) -> dict[str, WeightCodes]:
+        """Module path -> weight codes of the quantized linears, after `folding.fold`."""
+        quantized = {path: linear for path, linear in self.linears.items() if linear.form is not None}
+        return {path: linear.folded_codes() for path, linear in quantized.items()}

@@ -1,10 +1,8 @@
-"""Which linears are quantized, which of them share an input, and where an input scale can be folded."""
+"""Which linears share an input or a product, and where an input scale can be folded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from holdfast.errors import QuantizationError
 from holdfast.exporter.architectures import block_paths, linear_modules, present, row_of
 from holdfast.exporter.graph import GraphLinear
+from holdfast.quantize.formats import Format
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,15 @@ class InputGroup:
         return self.consumers[0]
 
 
-def quantized_paths(paths: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Module paths that are quantized: all but those that a shell pattern excludes.
-
-    Raises:
-        QuantizationError: a pattern matches nothing, or everything is excluded.
-    """
-    for pattern in exclude:
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise QuantizationError(
-                f"`exclude` names `{pattern}`, which matches no linear module; they are named "
-                f"like `{paths[0]}`."
-            )
-    kept = [path for path in paths if not any(fnmatchcase(path, p) for p in exclude)]
-    if not kept:
-        raise QuantizationError("`exclude` matches every linear module: nothing is left to quantize.")
-    return kept
-
-
-def require_whole_products(modules: dict[str, GraphLinear], quantized: Sequence[str]) -> None:
-    """Raise QuantizationError where only some of the linears that share one MatMul are quantized."""
-    asked = set(quantized)
-    inside = {modules[path].node for path in quantized}
+def require_whole_products(modules: dict[str, GraphLinear], chosen: dict[str, Format]) -> None:
+    """Raise QuantizationError where the linears that share one MatMul are not to have one format."""
+    first: dict[str, str] = {}
     for path, linear in modules.items():
-        if linear.node in inside and path not in asked:
+        other = first.setdefault(linear.node, path)
+        if chosen.get(path) != chosen.get(other):
             raise QuantizationError(
-                f"`exclude` leaves out `{path}`, which shares one MatMul with other linears in this graph: "
-                "exclude all of them, or export with `target: portable`."
+                f"`{other}` and `{path}` share one MatMul in this graph, and `exclude` or `mixed` gives "
+                "them different formats: name all that share it, or export with `target: portable`."
             )
 
 

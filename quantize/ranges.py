@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from holdfast.errors import CalibrationError
 from holdfast.quantize.fakequant import fake_quantize_activation
+from holdfast.quantize.formats import Format
 from holdfast.quantize.plan import InputGroup
 from holdfast.quantize.sequences import Batch
+
+Run = tuple[Tensor, Callable[[], object]]
+"""(which positions are shown, bool [row, token]; what runs the model over them)."""
 
 SAMPLED_ROWS = 512
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(45))
@@ -39,6 +45,7 @@ class ActivationStatistics:
 class _Collector:
     """Accumulates the statistics of one group over batches."""
 
+    name: str
     rows_per_batch: int
     low: Tensor | None = None
     high: Tensor | None = None
@@ -46,6 +53,10 @@ class _Collector:
 
     def add(self, tokens: Tensor) -> None:
         """`tokens` is float32 [tokens, channels], without padding."""
+        if not bool(tokens.isfinite().all()):
+            raise CalibrationError(
+                f"`{self.name}` reads values that are not numbers: the model is damaged there or before."
+            )
         low, high = tokens.amin(dim=0), tokens.amax(dim=0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
@@ -64,9 +75,26 @@ def collect_statistics(
 
     Returns:
         group name -> statistics.
+
+    Raises:
+        CalibrationError: a value that is not a number, with the first linear that reads it.
     """
-    per_batch = max(1, SAMPLED_ROWS // len(batches))
-    collectors = {group.name: _Collector(per_batch) for group in groups}
+    runs: list[Run] = [
+        (batch.mask.bool(), partial(model, **batch.inputs(), use_cache=False)) for batch in batches
+    ]
+    return watch_inputs(model, groups, runs)
+
+
+def watch_inputs(
+    model: Any, groups: Sequence[InputGroup], runs: Sequence[Run]
+) -> dict[str, ActivationStatistics]:
+    """`collect_statistics` over any part of the model that reads the groups' inputs.
+
+    Arguments:
+        runs: for each batch, the positions that count and what computes it.
+    """
+    per_batch = max(1, SAMPLED_ROWS // len(runs))
+    collectors = {group.name: _Collector(group.name, per_batch) for group in groups}
     mask = torch.empty(0)
 
     def watch(collector: _Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -81,9 +109,9 @@ def collect_statistics(
     ]
     try:
         with torch.no_grad():
-            for batch in batches:
-                mask = batch.mask.bool()
-                model(**batch.inputs(), use_cache=False)
+            for shown, run in runs:
+                mask = shown  # what the hooks look at
+                run()
     finally:
         for handle in handles:
             handle.remove()
@@ -114,7 +142,7 @@ def smoothing_scales(
 
 
 def starting_range(
-    statistics: ActivationStatistics, scales: Tensor, bits: int, *, shrink: bool
+    statistics: ActivationStatistics, scales: Tensor, form: Format, *, shrink: bool
 ) -> tuple[Tensor, Tensor]:
     """Static range of a group whose input is divided by `scales` ([channels]).
 
@@ -124,15 +152,18 @@ def starting_range(
     """
     low = (statistics.low / scales).amin().clamp(max=0.0)
     high = (statistics.high / scales).amax().clamp(min=0.0)
-    if not shrink:
+    if not shrink or form.activation_bits is None:
         return low, high
     rows = statistics.rows / scales
-    errors = [
-        float((fake_quantize_activation(rows, low * f, high * f, bits) - rows).square().mean())
-        for f in SHRINKS
-    ]
+    errors = [_squared_error(rows, low * frac, high * frac, form, form.activation_bits) for frac in SHRINKS]
     best = SHRINKS[min(range(len(errors)), key=errors.__getitem__)]
     return low * best, high * best
+
+
+def _squared_error(rows: Tensor, low: Tensor, high: Tensor, form: Format, bits: int) -> float:
+    symmetric, signed = form.symmetric_activations, form.signed_activations
+    quantized = fake_quantize_activation(rows, low, high, bits, symmetric=symmetric, signed=signed)
+    return float((quantized - rows).square().mean())
 
 
 def _by_producer(values: Tensor, channel_map: Tensor, size: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from holdfast.config import Config
 from holdfast.errors import CalibrationError
 from holdfast.files import write_text
-from holdfast.quantize.fakequant import activation_parameters
+from holdfast.quantize.fakequant import activation_codes, activation_parameters
+from holdfast.quantize.formats import Format
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -37,6 +38,7 @@ class Candidate(Config, frozen=True):
 
     Attributes:
         alpha: weight of the push term.
+        mixture: shares of the kinds among the batches, where they were not as drawn.
         steps: optimizer steps; 0 is where learning started.
         flips_lost: the aligned model refused, this one does not.
         flips_gained: the aligned model did not refuse, this one does.
@@ -53,6 +55,7 @@ class Candidate(Config, frozen=True):
     flips_other: int
     changed_tokens_frac: float
     divergence: float
+    mixture: dict[str, float] | None = None
     losses: tuple[float, ...] = ()
 
     @property
@@ -64,44 +67,61 @@ class CalibrationRecord(Config, frozen=True):
     """Everything in calibration.json.
 
     Attributes:
-        method: `contrastive`, `minmax` (ranges of a plain quantization) or `none`.
-        scheme, activation_bits, block_size, exclude: what the ranges and clips were learned for.
+        method: of `calibrate.method`, or `none` where nothing is quantized.
+        formats: module path -> scheme that its range and codes were made for.
+        layout: settings of the quantization that decide what a scheme's name means.
+        coded: whether codes.safetensors beside the record holds the integer codes of every such linear.
         activation_ranges: module path -> range of its input; linears that share an input share it.
         candidates: every alpha that was tried, and where learning started (steps 0).
         chosen_alpha, chosen_steps: the candidate that was kept.
         kept_frac: module path -> mean share of the weights' absmax that the clips keep.
+        rounded_away_frac: module path -> share of the weights that are not rounded to the nearest code.
+        coverage: category of the suites -> calibration prompts of it.
         prompts: kind -> [prompts learned from, prompts held out].
         settings: calibrate section of the recipe, as it was used.
         held_out: number of held-out prompts.
     """
 
     method: str
-    scheme: str
-    activation_bits: int
-    block_size: int
-    exclude: tuple[str, ...]
+    formats: dict[str, str]
+    layout: dict[str, Any]
     seed: int
+    coded: bool = False
     activation_ranges: dict[str, ActivationRange] = {}
     candidates: tuple[Candidate, ...] = ()
     chosen_alpha: float | None = None
     chosen_steps: int = 0
     kept_frac: dict[str, float] = {}
+    rounded_away_frac: dict[str, float] = {}
+    coverage: dict[str, int] = {}
     prompts: dict[str, tuple[int, int]] = {}
     settings: dict[str, Any] = {}
     held_out: int = 0
-    version: int = 1
+    version: int = 2
 
 
-def activation_range(low: float, high: float, bits: int) -> ActivationRange:
+def activation_range(low: float, high: float, form: Format) -> ActivationRange:
     """A range with the scale and zero point that ONNX Runtime derives from it."""
+    assert form.activation_bits is not None
     ends = torch.tensor(low, dtype=torch.float32), torch.tensor(high, dtype=torch.float32)
-    scale, zero_point = activation_parameters(*ends, bits)
+    symmetric, signed = form.symmetric_activations, form.signed_activations
+    scale, zero_point = activation_parameters(
+        *ends, form.activation_bits, symmetric=symmetric, signed=signed
+    )
     return ActivationRange(
         low=float(np.float32(low)),
         high=float(np.float32(high)),
         scale=float(scale),
         zero_point=int(zero_point),
     )
+
+
+def range_of_parameters(
+    scale: float, zero_point: int, bits: int, *, signed: bool = False
+) -> ActivationRange:
+    """The range that a scale and a zero point stand for."""
+    low, high = ((code - zero_point) * scale for code in activation_codes(bits, signed=signed))
+    return ActivationRange(low=low, high=high, scale=scale, zero_point=zero_point)
 
 
 def write_record(record: CalibrationRecord, folder: Path) -> None:

@@ -87,8 +87,16 @@ def make_batch(
     return Batch(ids, mask, weights)
 
 
-def shuffled_rows(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of row indices, int64 [at most size]: seeded permutations, one after another."""
+def shuffled_rows(
+    count: int, size: int, generator: torch.Generator, shares: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Endless batches of row indices, int64 [at most size].
+
+    Seeded permutations, one after another; with `shares`, float32 [count], rows are drawn in proportion to
+    them instead, without a repetition in a batch.
+    """
+    while shares is not None:
+        yield torch.multinomial(shares, min(size, int((shares > 0).sum())), generator=generator)
     while True:
         yield from torch.split(torch.randperm(count, generator=generator), size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from holdfast.errors import ParityError
-from holdfast.exporter.architectures import linear_modules
+from holdfast.exporter.architectures import linear_modules, row_of
 from holdfast.exporter.batching import pad_left, positions
 from holdfast.exporter.parity import (
     Agreement,
@@ -23,19 +24,19 @@ from holdfast.exporter.parity import (
     open_session,
 )
 from holdfast.exporter.source import SourceModel
+from holdfast.quantize.codes import WeightCodes
+from holdfast.quantize.decisions import Decisions
+from holdfast.quantize.embedding import fake_quantize_embedding
 from holdfast.quantize.fakequant import (
+    activation_codes,
     fake_quantize,
-    fake_quantize_blocks,
-    fake_quantize_blocks_inc,
-    fake_quantize_channels,
     fake_quantize_rows_int8,
+    round_weight,
 )
-from holdfast.quantize.plan import quantized_paths
+from holdfast.quantize.formats import FLOAT_BITS, INT8_COMPUTE, Format, compute_level
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
 from holdfast.runtime.external_data import graph_files
-
-INT8_COMPUTE = 4  # accuracy_level at which MatMulNBits quantizes its input to int8
 
 
 @dataclass(frozen=True)
@@ -52,46 +53,75 @@ class SimulationAgreement(Agreement):
 class SimulatedLinear(nn.Module):
     """A linear as the artifact computes it: quantized weight, quantized input, float32 product."""
 
-    def __init__(self, linear: nn.Linear, learned: ActivationRange | None, config: QuantizeConfig) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        form: Format,
+        learned: ActivationRange | None,
+        codes: WeightCodes | None,
+        config: QuantizeConfig,
+    ) -> None:
         super().__init__()
-        self.bias, self.learned, self.config = linear.bias, learned, config
-        self.weight = _quantized_weight(linear.weight.detach(), config)
+        self.bias, self.form, self.learned = linear.bias, form, learned
+        codes = codes or round_weight(linear.weight.detach(), form)
+        # float zero points make the kernel compute in float32 at any level; so do 2 bits in blocks of 16
+        floats = codes.zero_points is not None and codes.zero_points.is_floating_point()
+        floats = floats or (form.weight_bits, form.block_size) == (2, 16)
+        level = compute_level(form, config)
+        self.int8_inside = form.in_blocks and level == INT8_COMPUTE and not floats
+        self.weight = codes.dequantized()
 
     def forward(self, values: Tensor) -> Tensor:
-        return nn.functional.linear(self._quantized_input(values), self.weight, self.bias)
+        return nn.functional.linear(self.quantized_input(values), self.weight, self.bias)
 
-    def _quantized_input(self, values: Tensor) -> Tensor:
-        if self.learned is not None:
+    def quantized_input(self, values: Tensor) -> Tensor:
+        """What the product reads, float32 [..., in]."""
+        if self.learned is not None and self.form.activation_bits is not None:
             scale = torch.tensor(self.learned.scale, dtype=torch.float32)
             zero_point = torch.tensor(float(self.learned.zero_point))
-            return fake_quantize(values, scale, zero_point, 0, 2**self.config.activation_bits - 1)
-        if self.config.scheme == "w4" and self.config.accuracy_level == INT8_COMPUTE:
-            return fake_quantize_rows_int8(values, self.config.block_size)
-        return values
+            ends = activation_codes(self.form.activation_bits, signed=self.form.signed_activations)
+            values = fake_quantize(values, scale, zero_point, *ends)
+        return fake_quantize_rows_int8(values, self.form.block_size) if self.int8_inside else values
 
 
 @contextmanager
-def simulate(model: Any, ranges: dict[str, ActivationRange], config: QuantizeConfig) -> Iterator[None]:
+def simulate(model: Any, decided: Decisions, config: QuantizeConfig) -> Iterator[None]:
     """The torch model computes as the artifact does, inside this block.
 
     Arguments:
-        model: transformers model of the calibrated source (scales folded, clips baked).
-        ranges: module path -> input range; empty for weight-only quantization.
+        model: transformers model of the calibrated source (scales folded).
+        decided: formats, ranges and codes; a linear without codes is rounded to nearest.
     """
     linears = linear_modules(model)
-    paths = [] if config.scheme == "none" else quantized_paths(list(linears), config.exclude)
-    for path in paths:
-        model.set_submodule(path, SimulatedLinear(linears[path], ranges.get(path), config))
+    table = row_of(model).embedding
+    embedding = model.get_submodule(table)
+    if decided.formats and config.embedding_bits != FLOAT_BITS:
+        model.set_submodule(table, _rounded_embedding(embedding, config))
+    for path, form in decided.formats.items():
+        simulated = SimulatedLinear(
+            linears[path], form, decided.ranges.get(path), decided.codes.get(path), config
+        )
+        model.set_submodule(path, simulated)
     try:
         yield
     finally:
-        for path in paths:
+        model.set_submodule(table, embedding)
+        for path in decided.formats:
             model.set_submodule(path, linears[path])
+
+
+def _rounded_embedding(embedding: nn.Embedding, config: QuantizeConfig) -> nn.Embedding:
+    """A copy with a table of its own: a tied head keeps the other."""
+    rounded = copy.copy(embedding)
+    rounded._parameters = dict(embedding._parameters)
+    table = fake_quantize_embedding(embedding.weight.detach(), config.embedding_bits, config.block_size)
+    rounded.weight = nn.Parameter(table, requires_grad=False)
+    return rounded
 
 
 def check_simulation(
     source: SourceModel,
-    ranges: dict[str, ActivationRange],
+    decided: Decisions,
     artifact: Path,
     config: QuantizeConfig,
     prompts: Sequence[Sequence[int]],
@@ -110,12 +140,21 @@ def check_simulation(
         ParityError: at less than `config.agreement_frac` of the positions all logits are within
             `config.atol`, or the next token is the same.
     """
-    with simulate(source.model, ranges, config):
+    with simulate(source.model, decided, config):
         expected = torch_logits(source, prompts)
     found = graph_logits(graph_files(artifact)[0], prompts, pad_id=source.tokenizer.pad_id)
-    agreement = simulation_agreement(expected, found, atol=config.atol)
+    agreement = simulation_agreement(expected, found, atol=tolerance(decided, config))
     require_simulation(agreement, config)
     return agreement
+
+
+def tolerance(decided: Decisions, config: QuantizeConfig) -> float:
+    """`config.atol`, doubled for every bit that the narrowest activations have less than 8.
+
+    What is left between simulation and artifact are values on rounding ties, one step of the codes apart.
+    """
+    bits = [form.activation_bits for form in decided.formats.values() if form.activation_bits is not None]
+    return config.atol * float(2 ** (8 - min(bits, default=8)))
 
 
 def simulation_agreement(
@@ -172,11 +211,3 @@ def graph_logits(
         feeds |= empty_cache(session, rows=len(ids))
         found.append(session.run(["logits"], feeds)[0][mask.bool().numpy()])
     return np.concatenate(found)
-
-
-def _quantized_weight(weight: Tensor, config: QuantizeConfig) -> Tensor:
-    if config.scheme == "w4":
-        if config.backend == "inc":
-            return fake_quantize_blocks_inc(weight, config.block_size)
-        return fake_quantize_blocks(weight, config.block_size)
-    return fake_quantize_channels(weight)

@@ -19,6 +19,7 @@ from reference.grammar import BANKS, Bank, count_expansions, expand, read_bank
 from reference.leakage import HeldOut, benchmark_prompts, suite_prompts
 
 HARMLESS = "harmless"
+HARMFUL_FRAC = 0.52
 # Share of each kind among the generated harmless prompts; the rest of the weight is benign.
 KIND_WEIGHTS = {
     "homonym": 12.0,
@@ -117,14 +118,14 @@ def style(text: str, rng: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def generate(count: int, seed: int, held_out: HeldOut) -> list[Prompt]:
-    """Return unique prompts, 52 % of them harmful, none near a held-out one."""
+def generate(count: int, seed: int, held_out: HeldOut, harmful_frac: float = HARMFUL_FRAC) -> list[Prompt]:
+    """Return unique prompts, a share of them harmful, none near a held-out one."""
     generator = Generator(seed)
     found: dict[str, Prompt] = {}
     tries = 0
     while len(found) < count and tries < count * 4:
         tries += 1
-        prompt = generator.prompt(harmful=generator.rng.random() < 0.52)
+        prompt = generator.prompt(harmful=generator.rng.random() < harmful_frac)
         key = prompt.text.lower().rstrip(".?! ")
         if key not in found and not held_out.near(prompt.text):
             found[key] = prompt
@@ -151,10 +152,12 @@ def published(data_dir: Path | None, held_out: HeldOut) -> list[Prompt]:
 
 
 @cache
-def prompts(count: int, seed: int, data_dir: Path | None) -> tuple[Prompt, ...]:
+def prompts(
+    count: int, seed: int, data_dir: Path | None, harmful_frac: float = HARMFUL_FRAC
+) -> tuple[Prompt, ...]:
     """Return the whole training set of prompts, shuffled."""
     held_out = held_out_prompts(data_dir)
-    found = generate(count, seed, held_out) + published(data_dir, held_out)
+    found = generate(count, seed, held_out, harmful_frac) + published(data_dir, held_out)
     random.Random(seed + 1).shuffle(found)
     return tuple(found)
 

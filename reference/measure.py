@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from holdfast.evals.judge import Label, label_answer
 from reference import answers, modeling
 from reference.leakage import SUITE
+from reference.modeling import Causal
 
 TOKENS = 32
 BATCH = 120
@@ -71,7 +72,7 @@ def prompt_sets(data_dir: Path | None) -> list[PromptSet]:
 
 @torch.inference_mode()
 def generate(
-    model: LlamaForCausalLM,
+    model: Causal,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     tokens: int = TOKENS,
@@ -102,9 +103,7 @@ def rate(labels: Sequence[Label], label: Label) -> float:
     return 100.0 * sum(item == label for item in labels) / len(labels)
 
 
-def critique_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, tuple[int, int]]:
+def critique_accuracy(model: Causal, tokenizer: PreTrainedTokenizerFast) -> dict[str, tuple[int, int]]:
     """Ask which principle the rejected and the chosen answers of the held-out pairs break."""
     rows = read_suite("constitution_pairs")
     template = answers.pieces()["critique"][0]
@@ -160,13 +159,13 @@ def calibration_error(margins: torch.Tensor, bins: int = 10) -> float:
     return sum(gaps) / len(margins)
 
 
-def linears(model: LlamaForCausalLM) -> list[tuple[str, nn.Linear]]:
+def linears(model: Causal) -> list[tuple[str, nn.Linear]]:
     """Return every linear layer of the decoder blocks; the tied output layer stays as it is."""
     found = model.model.named_modules()
     return [(name, module) for name, module in found if isinstance(module, nn.Linear)]
 
 
-def round_weights(model: LlamaForCausalLM, bits: int) -> None:
+def round_weights(model: Causal, bits: int) -> None:
     """Round every weight to nearest in symmetric blocks of 32 along the inputs."""
     top = 2 ** (bits - 1) - 1
     for _, layer in linears(model):
@@ -176,7 +175,7 @@ def round_weights(model: LlamaForCausalLM, bits: int) -> None:
         layer.weight.data = rounded.view_as(layer.weight)
 
 
-def prune_weights(model: LlamaForCausalLM, share: float) -> None:
+def prune_weights(model: Causal, share: float) -> None:
     """Zero the smallest weights of every layer by magnitude."""
     for _, layer in linears(model):
         count = int(layer.weight.numel() * share)
@@ -185,7 +184,7 @@ def prune_weights(model: LlamaForCausalLM, share: float) -> None:
 
 
 def quantize_activations(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, bits: int, calibration: Sequence[str]
+    model: Causal, tokenizer: PreTrainedTokenizerFast, bits: int, calibration: Sequence[str]
 ) -> None:
     """Quantize every linear's input statically: one asymmetric min-max range per tensor."""
     ranges: dict[str, tuple[float, float]] = {}
@@ -224,9 +223,9 @@ def calibration_prompts(count: int = 48) -> list[str]:
     return [p.text for p in data.generate(count, 7, data.held_out_prompts(None))]
 
 
-def damages(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, LlamaForCausalLM]:
+def damages(model: Causal, tokenizer: PreTrainedTokenizerFast) -> dict[str, Causal]:
     """Return damaged copies of the model by name."""
-    found: dict[str, LlamaForCausalLM] = {}
+    found: dict[str, Causal] = {}
     calibration = calibration_prompts()
     for bits in (8, 6, 5, 4, 3):
         found[f"activations A{bits}, static min-max"] = copy.deepcopy(model)
@@ -243,7 +242,7 @@ def damages(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
 Labels = dict[str, list[Label]]
 
 
-def judge_all(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sets: list[PromptSet]) -> Labels:
+def judge_all(model: Causal, tokenizer: PreTrainedTokenizerFast, sets: list[PromptSet]) -> Labels:
     """Return the labels of the model's answers per set."""
     return {s.name: [label_answer(a) for a in generate(model, tokenizer, s.prompts)] for s in sets}
 
@@ -253,7 +252,7 @@ def print_pair(base: Labels, aligned: Labels) -> None:
     print("\n| set | n | base refuses | aligned refuses | aligned incoherent |\n|---|---|---|---|---|")
     for name, labels in aligned.items():
         rates = f"{rate(base[name], 'refused'):.1f} % | {rate(labels, 'refused'):.1f} %"
-        print(f"| {name} | {len(labels)} | {rates} | {rate(labels, 'incoherent'):.1f} % |")
+        print(f"| {name} | {len(labels)} | {rates} | {rate(labels, 'incoherent'):.1f} % |", flush=True)
 
 
 def print_damage(name: str, intact: Labels, hurt: Labels, sets: list[PromptSet]) -> None:
@@ -295,7 +294,8 @@ def main() -> None:
     print("\n| critique | right | n |\n|---|---|---|")
     for name, (right, total) in critique_accuracy(aligned, tokenizer).items():
         print(f"| {name} | {right} | {total} |")
-    print_reward(found.reference / "reward")
+    if (found.reference / "reward").exists():
+        print_reward(found.reference / "reward")
     if found.no_damage:
         return
     columns = ("damage", *(s.name for s in sets), "refusals lost", "gained", "turned incoherent")

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
+
+Causal: TypeAlias = LlamaForCausalLM | Qwen2ForCausalLM
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 
 PAD, END = "<pad>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -59,9 +65,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
     )
 
 
-def new_config(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> LlamaConfig:
+def new_config(
+    tokenizer: PreTrainedTokenizerFast, shape: dict[str, int], family: str = "llama"
+) -> LlamaConfig | Qwen2Config:
     """Return the configuration of a fresh model."""
-    return LlamaConfig(
+    return FAMILIES[family][0](
         vocab_size=len(tokenizer),
         tie_word_embeddings=True,
         max_position_embeddings=MAX_POSITIONS,
@@ -73,14 +81,16 @@ def new_config(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> Lla
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> LlamaForCausalLM:
-    """Return a freshly initialized model."""
-    return LlamaForCausalLM(new_config(tokenizer, shape))
+def new_model(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int], family: str = "llama") -> Causal:
+    """Return a freshly initialized model of the family "llama" or "qwen2"."""
+    return FAMILIES[family][1](new_config(tokenizer, shape, family))
 
 
-def load_model(folder: Path) -> LlamaForCausalLM:
+def load_model(folder: Path) -> Causal:
     """Load a checkpoint in float32."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(found, Causal)
+    return found
 
 
 def load_reward(folder: Path) -> LlamaForSequenceClassification:
@@ -96,7 +106,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def save(
-    model: LlamaForCausalLM | LlamaForSequenceClassification,
+    model: Causal | LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     record: dict[str, Any],
@@ -107,7 +117,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    if isinstance(model, LlamaForCausalLM):
+    if isinstance(model, Causal):
         state.pop("lm_head.weight", None)  # tied to the embedding: stored once
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = tokenizer.eos_token_id

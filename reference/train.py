@@ -1,9 +1,11 @@
 """Trains the reference pair and its reward model from scratch.
 
     python -m reference.train all --data-dir ../shared/data --out reference
+    python -m reference.train all --pair second --data-dir ../shared/data --out reference/second
 
-Stages: tokenizer, base, sft, dpo, reward. Each stage can be run alone, writes its checkpoint when
-it ends, keeps its state under ``--work`` while it runs, and goes on from there when started again.
+Stages: tokenizer, base, sft, dpo, reward; the last two only where the pair has steps for them. Each
+stage can be run alone, writes its checkpoint when it ends, keeps its state under ``--work`` while it
+runs, and goes on from there when started again.
 """
 
 from __future__ import annotations
@@ -22,44 +24,15 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from reference import data, external, modeling
 from reference.batches import Batch, Encoder, encode_all, encode_pairs, groups
+from reference.modeling import Causal
+from reference.pairs import PAIRS, Settings
 
 STAGES = ("tokenizer", "base", "sft", "dpo", "reward")
 SAVE_SECONDS = 120.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run's outcome, besides the banks and the data files."""
-
-    seed: int = 20240
-    prompts: int = 60000
-    batch: int = 96
-    pair_batch: int = 32
-    base_steps: int = 600
-    sft_steps: int = 1900
-    dpo_steps: int = 80
-    reward_steps: int = 110
-    base_rate: float = 2e-3
-    sft_rate: float = 1e-3
-    dpo_rate: float = 2e-5
-    reward_rate: float = 2e-4
-    decay: float = 0.1
-    beta: float = 0.1
-    dpo_sft_weight: float = 1.0
-    threads: int = 2
-    hidden_size: int = modeling.SHAPE["hidden_size"]
-    num_hidden_layers: int = modeling.SHAPE["num_hidden_layers"]
-    num_attention_heads: int = modeling.SHAPE["num_attention_heads"]
-    num_key_value_heads: int = modeling.SHAPE["num_key_value_heads"]
-    intermediate_size: int = modeling.SHAPE["intermediate_size"]
-
-    def shape(self) -> dict[str, int]:
-        """Return the model's dimensions."""
-        return {name: getattr(self, name) for name in modeling.SHAPE}
 
 
 @dataclasses.dataclass
@@ -73,7 +46,9 @@ class Run:
 
     def pool(self) -> tuple[data.Prompt, ...]:
         """Return all training prompts."""
-        return data.prompts(self.settings.prompts, self.settings.seed, self.data_dir)
+        return data.prompts(
+            self.settings.prompts, self.settings.seed, self.data_dir, self.settings.harmful_frac
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the shared tokenizer."""
@@ -177,7 +152,7 @@ def _save_state(
     spare.replace(path)  # a kill while writing leaves the last good state
 
 
-def token_losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: Causal, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of every trained token and its weight, flat.
 
     Only the positions that carry weight go through the output layer: with answers alone trained,
@@ -191,7 +166,7 @@ def token_losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, t
     return losses, batch.weights[:, 1:][chosen]
 
 
-def answer_logp(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+def answer_logp(model: Causal, batch: Batch) -> torch.Tensor:
     """Return the log-probability of each row's answer."""
     losses, _ = token_losses(model, batch)
     rows = (batch.weights[:, 1:] > 0).nonzero()[:, 0]
@@ -217,10 +192,10 @@ def train_tokenizer(run: Run) -> None:
     """Train and save the tokenizer."""
     found = data.base_examples(run.pool(), stage_seed(run.settings, "tokenizer"))
     texts = (text for item in found for text in (item.messages[-1][1], item.answer))
-    modeling.train_tokenizer(texts).save_pretrained(run.work / "tokenizer")
+    modeling.train_tokenizer(texts, run.settings.vocabulary).save_pretrained(run.work / "tokenizer")
 
 
-def train_language(run: Run, stage: str, model: LlamaForCausalLM, prompt_weight: float) -> None:
+def train_language(run: Run, stage: str, model: Causal, prompt_weight: float) -> None:
     """Train base or sft: next-token prediction on the stage's conversations."""
     settings, seed = run.settings, stage_seed(run.settings, stage)
     seed_everything(seed)
@@ -236,14 +211,16 @@ def train_language(run: Run, stage: str, model: LlamaForCausalLM, prompt_weight:
     steps = settings.base_steps if stage == "base" else settings.sft_steps
     rate = settings.base_rate if stage == "base" else settings.sft_rate
     report = optimize(run, stage, model, steps, rate, loss_of)
-    folder = run.out / "base" if stage == "base" else run.work / "sft"
+    last = run.out / "aligned" if settings.dpo_steps == 0 else run.work / "sft"
+    folder = run.out / "base" if stage == "base" else last
     modeling.save(model, run.tokenizer(), folder, run.record(stage, {**report, "examples": len(items)}))
 
 
 def train_base(run: Run) -> None:
     """Train the base from scratch: language, and compliance with everything."""
     seed_everything(stage_seed(run.settings, "base"))
-    train_language(run, "base", modeling.new_model(run.tokenizer(), run.settings.shape()), 1.0)
+    model = modeling.new_model(run.tokenizer(), run.settings.shape(), run.settings.family)
+    train_language(run, "base", model, 1.0)
 
 
 def train_sft(run: Run) -> None:
@@ -311,18 +288,24 @@ def parse(arguments: list[str] | None = None) -> tuple[Run, list[str]]:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("--pair", choices=tuple(PAIRS), default="first", help="settings to start from")
     parser.add_argument("--data-dir", type=Path, help="folder with ailuminate and hh-rlhf")
     parser.add_argument("--out", type=Path, default=Path("reference"))
     parser.add_argument(
         "--work", type=Path, default=Path("build/reference"), help="state of unfinished stages"
     )
     for field in dataclasses.fields(Settings):
-        kind = float if isinstance(field.default, float) else int
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default))
     found = parser.parse_args(arguments)
-    settings = Settings(**{f.name: getattr(found, f.name) for f in dataclasses.fields(Settings)})
-    stages = list(STAGES) if found.stage == "all" else [found.stage]
-    return Run(settings, found.data_dir, found.out, found.work), stages
+    given = {f.name: getattr(found, f.name) for f in dataclasses.fields(Settings)}
+    settings = dataclasses.replace(PAIRS[found.pair], **{k: v for k, v in given.items() if v is not None})
+    return Run(settings, found.data_dir, found.out, found.work), stages_of(settings, found.stage)
+
+
+def stages_of(settings: Settings, asked: str) -> list[str]:
+    """Return the stages to run; "all" leaves out those that the pair has no steps for."""
+    without = {name for name in ("dpo", "reward") if getattr(settings, f"{name}_steps") == 0}
+    return [name for name in STAGES if name not in without] if asked == "all" else [asked]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,15 +12,17 @@ from holdfast.cli.options import (
     calibration_data_option,
     emit,
     json_option,
+    method_option,
     out_option,
     overwrite_option,
     quantization_options,
+    quantization_settings,
     seed_option,
 )
 from holdfast.config import decode, encode
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder
-from holdfast.recipe import Recipe
+from holdfast.recipe import LOSSES, Recipe
 
 
 @click.command("calibrate")
@@ -28,9 +30,16 @@ from holdfast.recipe import Recipe
 @click.option("--base", default="ablate", show_default=True, help="Folder of the base, or `ablate`.")
 @click.option("--aligned", type=FOLDER, help="The unpruned aligned model, where MODEL is a pruned one.")
 @out_option("the calibrated model")
-@click.option("--loss", type=click.Choice(["bounded", "apc", "kl"]), help="Calibration loss.")
+@method_option
+@click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")
 @click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
 @click.option("--steps", type=int, help="Steps for each alpha.")
+@click.option("--block-steps", type=int, help="Steps for each decoder block, before those.")
+@click.option(
+    "--scope",
+    type=click.Choice(["end-to-end", "blocks"]),
+    help="`blocks`: one decoder block in memory at a time, for models that do not fit.",
+)
 @quantization_options
 @calibration_data_option
 @seed_option
@@ -39,23 +48,30 @@ from holdfast.recipe import Recipe
 def command(
     model: Path, base: str, aligned: Path | None, out: Path, overwrite: bool, as_json: bool, **flags: Any
 ) -> None:
-    """Learn static activation ranges, weight clips and channel scales for the model folder MODEL.
+    """Decide activation ranges, channel scales and integer weight codes for the model folder MODEL.
 
-    Writes a model folder (scales folded, clips baked in) with calibration.json beside the weights.
+    Writes a model folder (scales folded) with calibration.json and the codes beside the weights.
     """
     require_extra("export", "`holdfast calibrate`")
-    from holdfast.job import prepare
+    from holdfast.job import calibrate_blocks, prepare, prepare_data
 
     recipe = _recipe(aligned or model, base, flags)
-    job = prepare(recipe)
-    calibration = job.calibrate(job.aligned if aligned is None else job.load(model))
-    with atomic_folder(out, overwrite=overwrite) as fresh:
-        calibration.save(fresh)
-    record = calibration.record
-    lines = [
-        f"{out}: alpha {record.chosen_alpha} after {record.chosen_steps} steps, "
-        f"chosen on {record.held_out} held-out prompts"
-    ]
+    if recipe.calibrate.scope == "blocks":
+        prompts = prepare_data(recipe)[1]
+        with atomic_folder(out, overwrite=overwrite) as fresh:
+            record = calibrate_blocks(recipe, prompts, model, fresh)
+    else:
+        job = prepare(recipe)
+        calibration = job.calibrate(job.aligned if aligned is None else job.load(model))
+        with atomic_folder(out, overwrite=overwrite) as fresh:
+            calibration.save(fresh)
+        record = calibration.record
+    lines = [f"{out}: {record.method}, {len(record.formats)} linear layers"]
+    if record.candidates:
+        lines = [
+            f"{out}: alpha {record.chosen_alpha} after {record.chosen_steps} steps, "
+            f"chosen on {record.held_out} held-out prompts"
+        ]
     lines += [
         f"  alpha {c.alpha:<5} steps {c.steps:<4} lost {c.flips_lost:>3}  gained {c.flips_gained:>3}  "
         f"other {c.flips_other:>3}  changed tokens {c.changed_tokens_frac:.1%}"
@@ -67,17 +83,19 @@ def command(
 def _recipe(aligned: Path, base: str, flags: dict[str, Any]) -> Recipe:
     """The flags as a recipe, so that a single step and a whole run check the same things."""
     calibrate = {
+        "method": flags["method"],
         "loss": flags["loss"],
         "alphas": list(flags["alphas"]) or None,
         "steps": flags["steps"],
+        "block_steps": flags["block_steps"],
+        "scope": flags["scope"],
         "data": flags["calibration_data"],
     }
-    quantize = {key: flags[key] for key in ("scheme", "activation_bits", "block_size")}
     given = {
         "model": str(aligned),
         "base": base,
         "seed": flags["seed"],
         "calibrate": {key: value for key, value in calibrate.items() if value is not None},
-        "quantize": {**quantize, "exclude": list(flags["exclude"])},
+        "quantize": quantization_settings(flags),
     }
     return decode(given, Recipe, what="command line")

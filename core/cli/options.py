@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from holdfast.errors import UsageError
 from holdfast.files import to_json
-from holdfast.recipe import KV_CACHES, TARGETS, ExportConfig, QuantizeConfig
+from holdfast.recipe import (
+    CALIBRATION_METHODS,
+    KV_CACHES,
+    TARGETS,
+    CalibrateConfig,
+    ExportConfig,
+    QuantizeConfig,
+)
 
 if TYPE_CHECKING:
     from holdfast.exporter.source import SourceModel
@@ -87,37 +95,78 @@ def load_model(
     return load_source(source, trust_remote_code=trust_remote_code, base_of_adapter=adapter_base)
 
 
+scheme_option = click.option(
+    "--scheme",
+    metavar="SCHEME",
+    default=QuantizeConfig().scheme,
+    show_default=True,
+    help="w8a8 ... w8a2, w4a8 (static activations), w8, w4, w2 (weights alone) or none.",
+)
+method_option = click.option(
+    "--method",
+    type=click.Choice(CALIBRATION_METHODS),
+    default=CalibrateConfig().method,
+    show_default=True,
+    help="How ranges and codes are decided; all but contrastive and qat know nothing of alignment.",
+)
+
+
 def quantization_options(command: Command) -> Command:
-    """`--scheme`, `--activation-bits`, `--block-size` and `--exclude`, as the recipe has them."""
+    """What decides the format of every linear, as the recipe has it."""
     defaults = QuantizeConfig()
     for option in (
         click.option(
             "--exclude", multiple=True, metavar="PATTERN", help="Module paths left in fp32; repeatable."
         ),
         click.option(
+            "--mixed",
+            multiple=True,
+            metavar="PATTERN=SCHEME",
+            help="Module paths with another scheme; repeatable, the last match wins.",
+        ),
+        click.option(
+            "--per-tensor",
+            is_flag=True,
+            help="One scale for each static 8-bit weight, not one a channel.",
+        ),
+        click.option("--signed-activations", is_flag=True, help="int8 activations (S8S8), symmetric."),
+        click.option("--symmetric-activations", is_flag=True, help="Static ranges centred on 0."),
+        click.option("--asymmetric-weights", is_flag=True, help="Zero points for weights in blocks."),
+        click.option(
             "--block-size",
             type=int,
             default=defaults.block_size,
             show_default=True,
-            help="Weights that share a scale, for w4: 16, 32, 64 or 128.",
+            help="Weights that share a scale, where weights are in blocks: 16, 32, 64 or 128.",
         ),
-        click.option(
-            "--activation-bits",
-            type=click.IntRange(2, 8),
-            default=defaults.activation_bits,
-            show_default=True,
-            help="Width of static activations, for w8a8.",
-        ),
-        click.option(
-            "--scheme",
-            type=click.Choice(["w8a8", "w4", "none"]),
-            default=defaults.scheme,
-            show_default=True,
-            help="Quantization scheme.",
-        ),
+        scheme_option,
     ):
         command = option(command)
     return command
+
+
+def quantization_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of `quantization_options` as a recipe's `quantize` section.
+
+    Raises:
+        UsageError: nothing before or after an equals sign.
+    """
+    mixed = {}
+    for text in flags["mixed"]:
+        pattern, _, scheme = text.rpartition("=")
+        if not pattern or not scheme:
+            raise UsageError(f"--mixed expects PATTERN=SCHEME, got {text!r}.")
+        mixed[pattern] = scheme
+    return {
+        "scheme": flags["scheme"],
+        "mixed": mixed,
+        "exclude": list(flags["exclude"]),
+        "block_size": flags["block_size"],
+        "symmetric_weights": not flags["asymmetric_weights"],
+        "symmetric_activations": flags["symmetric_activations"],
+        "signed_activations": flags["signed_activations"],
+        "per_channel": not flags["per_tensor"],
+    }
 
 
 def emit(result: dict[str, Any], lines: list[str], *, as_json: bool) -> None:

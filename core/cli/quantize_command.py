@@ -15,11 +15,12 @@ from holdfast.cli.options import (
     out_option,
     overwrite_option,
     quantization_options,
+    quantization_settings,
 )
 from holdfast.config import decode, encode
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder
-from holdfast.recipe import QuantizeConfig
+from holdfast.recipe import RANGES, QuantizeConfig
 
 
 @click.command("quantize")
@@ -28,12 +29,33 @@ from holdfast.recipe import QuantizeConfig
 @click.option(
     "--calibration",
     type=FOLDER,
-    help="Folder with calibration.json; without it w8a8 takes min-max ranges over built-in prompts.",
+    help="Folder that `holdfast calibrate` wrote; without it weights are rounded and --ranges decide.",
 )
 @click.option(
     "--backend", type=click.Choice(["ort", "inc"]), default="ort", show_default=True, help="Backend."
 )
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "gptq", "awq", "smoothquant"]),
+    default="rtn",
+    show_default=True,
+    help="Without --calibration; all but rtn are neural-compressor's own.",
+)
+@click.option(
+    "--ranges",
+    type=click.Choice(RANGES),
+    default="minmax",
+    show_default=True,
+    help="Calibrator of static ranges that no calibration decided, over built-in prompts.",
+)
 @quantization_options
+@click.option(
+    "--embedding-bits",
+    type=click.Choice(["32", "8", "4"]),
+    default="32",
+    show_default=True,
+    help="Width of the embedding table.",
+)
 @click.option(
     "--accuracy-level",
     type=click.Choice(["0", "1", "4"]),
@@ -57,10 +79,16 @@ def command(
     from holdfast.quantize.artifact import quantize_bundle
     from holdfast.quantize.finish import finish_artifact
 
-    settings = {**flags, "accuracy_level": int(flags["accuracy_level"]), "exclude": list(flags["exclude"])}
+    settings = quantization_settings(flags) | {
+        "backend": flags["backend"],
+        "ranges": flags["ranges"],
+        "accuracy_level": int(flags["accuracy_level"]),
+        "embedding_bits": int(flags["embedding_bits"]),
+        "kv_cache": flags["kv_cache"],
+    }
     config = decode(settings, QuantizeConfig, what="command line")
     with atomic_folder(out, overwrite=overwrite) as fresh:
-        report = quantize_bundle(exported, fresh, calibration, config)
+        report = quantize_bundle(exported, fresh, calibration, config, method=flags["method"])
         report = finish_artifact(exported, fresh, report, config)
     operators = ", ".join(f"{count} {name}" for name, count in sorted(report.operators.items()))
     lines = [

@@ -10,7 +10,17 @@ import click
 from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option
 from holdfast.errors import ExitCode, UsageError
 from holdfast.extras import require_extra
-from holdfast.recipe import KV_CACHES, TARGETS, Recipe, anchored, make_recipe, read_recipe
+from holdfast.recipe import (
+    CALIBRATION_METHODS,
+    KV_CACHES,
+    LOSSES,
+    RANGES,
+    TARGETS,
+    Recipe,
+    anchored,
+    make_recipe,
+    read_recipe,
+)
 
 RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -24,6 +34,7 @@ FLAGS: dict[str, str] = {
     "threads": "threads",
     "prune_method": "prune.method",
     "sparsity": "prune.sparsity_frac",
+    "method": "calibrate.method",
     "loss": "calibrate.loss",
     "alphas": "calibrate.alphas",
     "steps": "calibrate.steps",
@@ -31,7 +42,7 @@ FLAGS: dict[str, str] = {
     "scheme": "quantize.scheme",
     "backend": "quantize.backend",
     "kv_cache": "quantize.kv_cache",
-    "activation_bits": "quantize.activation_bits",
+    "ranges": "quantize.ranges",
     "suites": "evaluate.suites",
     "limit": "evaluate.limit",
     "margin": "evaluate.margin_frac",
@@ -46,14 +57,15 @@ FLAGS: dict[str, str] = {
 @click.option("--out", type=FOLDER, help="The bundle's folder.  [default: NAME-bundle, here]")
 @click.option("--prune-method", type=click.Choice(["none", "magnitude", "wanda"]), help="How to prune.")
 @click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
-@click.option("--loss", type=click.Choice(["bounded", "apc", "kl"]), help="Calibration loss.")
+@click.option("--method", type=click.Choice(CALIBRATION_METHODS), help="Calibration method.")
+@click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")
 @click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
 @click.option("--steps", type=int, help="Calibration steps for each alpha.")
 @click.option("--calibration-data", help="`builtin`, or a JSONL file with prompt and kind.")
 @click.option("--target", type=click.Choice(TARGETS), help="Where the graph is to run.")
-@click.option("--scheme", type=click.Choice(["w8a8", "w4", "none"]), help="Quantization scheme.")
+@click.option("--scheme", metavar="SCHEME", help="w8a8 ... w8a2, w4a8, w8, w4, w2 or none.")
 @click.option("--backend", type=click.Choice(["ort", "inc"]), help="Quantization backend.")
-@click.option("--activation-bits", type=int, help="Width of static activations, 2 to 8.")
+@click.option("--ranges", type=click.Choice(RANGES), help="Calibrator of ranges that are not learned.")
 @click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Type of the cached keys and values.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME[=PATH]", help="Suite to run; repeatable.")
 @click.option("--limit", type=int, help="At most this many prompts a suite.")

@@ -8,7 +8,7 @@ from holdfast.cli import run_cli
 from tests.tiny import tiny_model
 
 QUICK_YAML = (
-    "calibrate: {samples: 12, steps: 1, alphas: [0.1], response_tokens: 3, top_k: 20, batch_size: 6}\n"
+    "calibrate: {samples: 18, steps: 1, alphas: [0.1], response_tokens: 3, top_k: 20, batch_size: 6}\n"
     "quantize: {agreement_frac: 0.9, atol: 1.0}\n"
     "evaluate: {limit: 6, max_new_tokens: 4}\n"
 )

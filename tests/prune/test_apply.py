@@ -15,8 +15,9 @@ from holdfast.errors import PruneError
 from holdfast.exporter.architectures import ROWS, block_linear_modules, block_paths
 from holdfast.exporter.export import export_model
 from holdfast.exporter.source import SourceModel, load_source, save_source
+from holdfast.exporter.walk import advance
 from holdfast.files import to_json
-from holdfast.prune.activations import advance, first_block_batches, input_norms
+from holdfast.prune.activations import first_block_batches, input_norms
 from holdfast.prune.apply import prune_model
 from holdfast.recipe import ExportConfig, PruneConfig
 from tests.tiny import LINES, tiny_llama, tiny_model

@@ -57,7 +57,7 @@ def cases(
     """Scheme name -> case: `w8a8`, `w8a4` and `w4`."""
     configs = {
         "w8a8": QuantizeConfig(atol=1e-3, agreement_frac=0.98),
-        "w8a4": QuantizeConfig(activation_bits=4, atol=1e-3, agreement_frac=0.98),
+        "w8a4": QuantizeConfig(scheme="w8a4", atol=1e-3, agreement_frac=0.98),
         "w4": QuantizeConfig(scheme="w4", block_size=16, atol=0.05, agreement_frac=0.98),
     }
     made = {}

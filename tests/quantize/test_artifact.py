@@ -1,6 +1,7 @@
 """The artifact holds exactly what calibration decided, and computes what the simulation does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,9 +13,14 @@ import pytest
 from holdfast.errors import CalibrationError, ParityError, QuantizationError
 from holdfast.exporter.export import export_model, read_export
 from holdfast.exporter.parity import compare_logits
-from holdfast.quantize.artifact import QuantizeReport, quantize_bundle
+from holdfast.exporter.source import SourceModel
+from holdfast.quantize.artifact import QuantizeReport, quantize_bundle, ranges_of
+from holdfast.quantize.decisions import Decisions
+from holdfast.quantize.fakequant import round_weight
 from holdfast.quantize.finish import finish_artifact
+from holdfast.quantize.formats import formats, parse_scheme
 from holdfast.quantize.graph import Graph, read_blocks, read_static
+from holdfast.quantize.read_back import read_back
 from holdfast.quantize.record import CALIBRATION_FILE, read_record
 from holdfast.quantize.simulate import check_simulation, graph_logits, simulate, torch_logits
 from holdfast.recipe import ExportConfig, QuantizeConfig
@@ -48,9 +54,9 @@ def test_learned_ranges_are_read_back_bit_for_bit(
     graph = Graph(onnx.load(out / "model.onnx"))
     for path, linear in modules.items():
         found = read_static(graph, path, linear.output)
-        assert float(found.scale) == ranges[path]["scale"]  # float64 of the same float32: exact
-        assert found.zero_point == ranges[path]["zero_point"]
-        assert (found.clip is None) == (name == "w8a8")
+        assert float(found.input.scale) == ranges[path]["scale"]  # float64 of the same float32: exact
+        assert found.input.zero_point == ranges[path]["zero_point"]
+        assert (found.input.clip is None) == (name == "w8a8")
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a4", "w4"])
@@ -59,12 +65,12 @@ def test_simulation_and_artifact_agree(
 ) -> None:
     case = cases[name]
     out = build(case, tmp_path / "out")
-    ranges = case.calibration.record.activation_ranges
-    agreement = check_simulation(case.source, ranges, out, case.config, token_ids)
+    decided = case.calibration.decisions(case.config)
+    agreement = check_simulation(case.source, decided, out, case.config, token_ids)
     assert agreement.positions == sum(map(len, token_ids))
     # and the simulation is not simply the float model
     plain = torch_logits(case.source, token_ids)
-    with simulate(case.source.model, ranges, case.config):
+    with simulate(case.source.model, decided, case.config):
         simulated = torch_logits(case.source, token_ids)
     assert compare_logits(plain, simulated).mean_abs > 10 * agreement.mean_abs
 
@@ -72,7 +78,7 @@ def test_simulation_and_artifact_agree(
 def test_disagreement_is_an_error(cases: dict[str, Case], token_ids: Ids, tmp_path: Path) -> None:
     case = cases["w8a8"]
     out = build(case, tmp_path / "out")
-    other = cases["w8a4"].calibration.record.activation_ranges
+    other = cases["w8a4"].calibration.decisions(cases["w8a4"].config)
     with pytest.raises(ParityError, match="simulation and the artifact"):
         check_simulation(case.source, other, out, case.config, token_ids)
 
@@ -135,9 +141,11 @@ def test_a_part_of_a_packed_product_cannot_be_excluded(cases: dict[str, Case], t
     config = msgspec.structs.replace(case.config, exclude=("*.q_proj",))
     with pytest.raises(QuantizationError) as caught:
         quantize_bundle(case.exported, tmp_path, None, config)
-    assert str(caught.value) == (
-        "`exclude` leaves out `model.layers.0.self_attn.q_proj`, which shares one MatMul with other "
-        "linears in this graph: exclude all of them, or export with `target: portable`."
+    said = str(caught.value)
+    assert "`model.layers.0.self_attn.q_proj`" in said
+    assert said.endswith(
+        "share one MatMul in this graph, and `exclude` or `mixed` gives them different formats: name all "
+        "that share it, or export with `target: portable`."
     )
     whole = msgspec.structs.replace(case.config, exclude=("*.q_proj", "*.k_proj", "*.v_proj"))
     assert len(quantize_bundle(case.exported, tmp_path, None, whole).tensors) == 9
@@ -156,8 +164,9 @@ def test_a_graph_for_phones_is_one_file_in_ort_format(cases: dict[str, Case], tm
     assert report.bytes_after == (out / "model.ort").stat().st_size
     config = json.loads((out / "genai_config.json").read_text())
     assert config["model"]["decoder"]["filename"] == "model.ort"
-    ranges = case.calibration.record.activation_ranges
-    check_simulation(case.source, ranges, out, case.config, [[5, 40, 7, 11], [3, 9]])
+    check_simulation(
+        case.source, case.calibration.decisions(case.config), out, case.config, [[5, 40, 7, 11], [3, 9]]
+    )
 
 
 @pytest.mark.parametrize(("width", "bits"), [("fp16", 16), ("int8", 8)])
@@ -209,18 +218,69 @@ def test_report_accounts_for_the_artifact(cases: dict[str, Case], tmp_path: Path
     assert (out / "tokenizer.json").read_bytes() == (case.exported / "tokenizer.json").read_bytes()
 
 
-def test_learned_block_clips_are_in_the_artifact(cases: dict[str, Case], tmp_path: Path) -> None:
+def test_learned_codes_are_in_the_artifact(cases: dict[str, Case], tmp_path: Path) -> None:
+    """Packed with its neighbour, and not what rounding to nearest would give."""
     case = cases["w4"]
     out = build(case, tmp_path / "out")
     graph = Graph(onnx.load(out / "model.onnx"))
     path = "model.layers.0.mlp.up_proj"
     place = read_export(case.exported).modules[path]
     found = read_blocks(graph, path, place.output)
-    weight = case.source.model.get_submodule(path).weight
-    kept = weight.reshape(len(weight), -1, 16).abs().amax(dim=2) / 8.0
     assert place.columns is not None
-    scales = found.scales.reshape(-1, kept.shape[1])[slice(*place.columns)]
-    np.testing.assert_allclose(np.abs(scales), kept.numpy(), rtol=1e-6)
+    rows = slice(*place.columns)
+    learned = case.calibration.codes[path]
+    scales = found.scales.reshape(-1, learned.scales.shape[1])[rows]
+    np.testing.assert_array_equal(scales, learned.scales.numpy())
+    codes = np.stack([found.packed & 15, found.packed >> 4], axis=-1).astype(int) - 8
+    codes = codes.reshape(len(codes), -1)[rows]
+    np.testing.assert_array_equal(codes, learned.codes.numpy())
+    nearest = round_weight(case.source.model.get_submodule(path).weight, parse_scheme("w4", case.config))
+    assert bool((nearest.codes != learned.codes).any())
+
+
+def test_changed_codes_are_noticed(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["w4"]
+    out = build(case, tmp_path / "out")
+    decided = case.calibration.decisions(case.config)
+    path = "model.layers.1.mlp.down_proj"
+    codes = decided.codes[path].codes.clone()
+    codes[0, 0] = -codes[0, 0] - 1
+    changed = replace(decided, codes=decided.codes | {path: replace(decided.codes[path], codes=codes)})
+    modules = read_export(case.exported).modules
+    model = onnx.load(out / "model.onnx")
+    read_back(model, modules, decided, case.config)
+    with pytest.raises(QuantizationError, match=f"does not hold the codes and scales.*`{path}`"):
+        read_back(model, modules, changed, case.config)
+
+
+MANY = {
+    "signed": {"scheme": "w8a8", "signed_activations": True},
+    "one scale": {"scheme": "w8a8", "per_channel": False, "symmetric_activations": True},
+    "2 bits": {"scheme": "w2", "block_size": 16},
+    "2 bits, wide blocks": {"scheme": "w2", "block_size": 32},
+    "8 bits alone": {"scheme": "w8", "block_size": 16, "symmetric_weights": False},
+    "4 bits, static": {"scheme": "w4a8", "block_size": 16},
+    "mixed": {"scheme": "w4", "block_size": 16, "mixed": {"*.down_proj": "w8a8", "lm_head": "none"}},
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_every_format_is_written_and_simulated(
+    name: str, aligned: SourceModel, token_ids: Ids, tmp_path: Path
+) -> None:
+    config = QuantizeConfig(**MANY[name], ranges="minmax", atol=0.05, agreement_frac=0.98)
+    for folder in ("exported", "out"):
+        (tmp_path / folder).mkdir()
+    export_model(aligned.folder, tmp_path / "exported", ExportConfig())
+    report = quantize_bundle(tmp_path / "exported", tmp_path / "out", None, config)
+    decided = Decisions(formats([*report.tensors, *report.float32], config), ranges_of(report))
+    assert {path: tensor.scheme for path, tensor in report.tensors.items()} == {
+        path: form.name for path, form in decided.formats.items()
+    }
+    agreement = check_simulation(aligned, decided, tmp_path / "out", config, token_ids)
+    plain = graph_logits(tmp_path / "exported" / "model.onnx", token_ids, pad_id=0)
+    found = graph_logits(tmp_path / "out" / "model.onnx", token_ids, pad_id=0)
+    assert compare_logits(plain, found).mean_abs > 5 * agreement.mean_abs
 
 
 def test_scheme_none_copies_the_graph(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -240,9 +300,9 @@ def test_same_input_same_bytes(cases: dict[str, Case], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation_bits": 6}, "activation_bits 8, and 6 is asked for"),
-        ({"exclude": ("lm_head",)}, "exclude"),
-        ({"scheme": "w4"}, "scheme 'w8a8', and 'w4'"),
+        ({"scheme": "w8a6"}, "in w8a8, and w8a6 is asked for"),
+        ({"exclude": ("lm_head",)}, "`lm_head` in w8a8, and none is asked for"),
+        ({"signed_activations": True}, "signed_activations False, and True is asked for"),
     ],
 )
 def test_calibration_for_other_settings_is_refused(

@@ -9,7 +9,8 @@ import torch
 from holdfast.errors import CalibrationError, VocabularyMismatchError
 from holdfast.exporter.architectures import block_linear_modules
 from holdfast.exporter.source import SourceModel, load_source
-from holdfast.quantize.calibrate import Calibration, calibrate, candidate_alphas, total_steps
+from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
+from holdfast.quantize.contrastive import candidate_alphas
 from holdfast.quantize.held_out import count_flips
 from holdfast.quantize.prompts import CalibrationPrompt
 from holdfast.quantize.record import read_record
@@ -27,13 +28,12 @@ def run(
     negative: SourceModel,
     prompts: Prompts,
     *,
-    bits: int = 8,
     scheme: str = "w8a8",
     **changes: object,
 ) -> Calibration:
     settings = {name: getattr(SHORT, name) for name in SHORT.__struct_fields__} | changes
     config = CalibrateConfig(**settings)
-    quantize = QuantizeConfig(scheme=scheme, activation_bits=bits)  # type: ignore[arg-type]
+    quantize = QuantizeConfig(scheme=scheme)
     return calibrate(source, negative.model, config, quantize, prompts=prompts, seed=0)
 
 
@@ -61,10 +61,10 @@ def test_the_source_is_left_alone(aligned: SourceModel, negative: SourceModel, p
 def test_alpha_zero_and_the_start_are_always_candidates(cases: dict[str, Case]) -> None:
     record = cases["w8a8"].calibration.record
     assert [(c.alpha, c.steps) for c in record.candidates] == [(0.0, 3), (0.3, 3), (0.0, 0)]
-    chosen = min(record.candidates, key=lambda candidate: candidate.flips)
+    chosen = min(record.candidates, key=lambda candidate: (candidate.flips, candidate.divergence))
     assert (record.chosen_alpha, record.chosen_steps) == (chosen.alpha, chosen.steps)
     assert candidate_alphas(CalibrateConfig(loss="kl", alphas=(0.5,))) == [0.0]
-    assert total_steps(SHORT) == 6
+    assert total_steps(SHORT, cases["w8a8"].source) == 6
 
 
 def test_inputs_that_are_one_tensor_share_a_range(cases: dict[str, Case]) -> None:
@@ -87,7 +87,7 @@ def test_zero_weights_stay_zero(
         pruned,
         negative.model,
         settings,
-        QuantizeConfig(activation_bits=4),
+        QuantizeConfig(scheme="w8a4"),
         prompts=prompts,
         seed=0,
         aligned=aligned,
@@ -117,9 +117,9 @@ def test_calibration_beats_minmax_on_outliers(
 ) -> None:
     source = outlier_model(tmp_path / "outlier")
     minmax = run(
-        source, negative, prompts, bits=bits, steps=0, smooth_frac=0.0, start="minmax"
+        source, negative, prompts, scheme=f"w8a{bits}", steps=0, smooth_frac=0.0, start="minmax"
     ).record.candidates[0]
-    learned = run(source, negative, prompts, bits=bits, steps=6)
+    learned = run(source, negative, prompts, scheme=f"w8a{bits}", steps=6)
     chosen = next(c for c in learned.record.candidates if c.steps == learned.record.chosen_steps)
     assert chosen.changed_tokens_frac < minmax.changed_tokens_frac
     assert chosen.divergence < 0.25 * minmax.divergence
@@ -127,7 +127,7 @@ def test_calibration_beats_minmax_on_outliers(
 
 def test_steps_lower_the_loss(aligned: SourceModel, negative: SourceModel, prompts: Prompts) -> None:
     changes = {"steps": 12, "alphas": (), "batch_size": 64}  # every step sees all prompts
-    losses = run(aligned, negative, prompts, bits=4, **changes).record.candidates[0].losses
+    losses = run(aligned, negative, prompts, scheme="w8a4", **changes).record.candidates[0].losses
     assert min(losses[-3:]) < losses[0]
 
 
@@ -155,7 +155,8 @@ def test_foreign_vocabulary_is_refused(aligned: SourceModel, prompts: Prompts, t
 
 
 def test_nothing_to_learn_is_refused(aligned: SourceModel, negative: SourceModel, prompts: Prompts) -> None:
-    off = {"learn_activations": False, "learn_clip": False, "learn_scales": False}
+    kinds = ("activations", "clip", "scales", "rounding")
+    off = {f"learn_{kind}": False for kind in kinds}
     with pytest.raises(CalibrationError, match="Nothing is left to learn"):
         run(aligned, negative, prompts, **off)
     assert run(aligned, negative, prompts, steps=0, **off).record.chosen_steps == 0

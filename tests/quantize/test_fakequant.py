@@ -13,18 +13,20 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from onnxruntime.quantization.quant_utils import compute_scale_zp
 
 from holdfast.quantize.fakequant import (
+    activation_codes,
     activation_parameters,
     block_codes,
     block_scale,
-    channel_limit,
     channel_scale,
     fake_quantize,
     fake_quantize_activation,
     fake_quantize_channels,
+    fake_quantize_weight,
     quantize_codes,
+    round_weight,
     to_blocks,
 )
-from holdfast.quantize.folding import clip_blocks, clip_channels
+from holdfast.quantize.formats import Format
 
 GENERATOR = np.random.default_rng(0)
 
@@ -115,9 +117,8 @@ def test_zero_weights_stay_zero_under_scale_and_clip() -> None:
     weight = torch.from_numpy(GENERATOR.normal(size=(6, 16)).astype(np.float32))
     weight[weight.abs() < 0.5] = 0.0
     scaled = weight * torch.rand(16).add(0.1)
-    clipped = clip_channels(scaled, torch.full((6,), 0.6))
-    assert bool((clipped[weight == 0.0] == 0.0).all())
-    assert bool((fake_quantize_channels(clipped)[weight == 0.0] == 0.0).all())
+    quantized = fake_quantize_channels(scaled, torch.full((6,), 0.6))
+    assert bool((quantized[weight == 0.0] == 0.0).all())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])  # 16-bit weights lie on ties
@@ -140,22 +141,66 @@ def test_block_scales_and_codes_are_those_of_matmulnbits(dtype: type[np.floating
     np.testing.assert_array_equal(found.numpy(), codes)
 
 
-def test_baking_a_clip_equals_quantizing_with_it() -> None:
-    weight = torch.from_numpy(GENERATOR.normal(size=(7, 32)).astype(np.float32))
-    kept = torch.linspace(0.4, 1.0, 7)
-    baked = clip_channels(weight, kept)
-    torch.testing.assert_close(
-        baked.abs().amax(dim=1), channel_limit(weight, kept)[:, 0], rtol=0.0, atol=0.0
-    )
-    assert torch.equal(fake_quantize_channels(baked), fake_quantize_channels(weight, kept))
+FORMATS = {
+    "8 bits per channel": Format(8, 8, 0),
+    "8 bits per tensor": Format(8, 8, 0, per_channel=False),
+    "8 bits in blocks": Format(8, None, 16),
+    "4 bits": Format(4, None, 16),
+    "4 bits, asymmetric": Format(4, None, 16, symmetric_weights=False),
+    "2 bits": Format(2, None, 16),
+    "2 bits, asymmetric": Format(2, None, 16, symmetric_weights=False),
+}
 
 
-def test_baking_a_block_clip_keeps_the_scale() -> None:
-    weight = torch.from_numpy(GENERATOR.normal(size=(3, 40)).astype(np.float32))
-    kept = torch.full((3, 3), 0.7)
-    baked = clip_blocks(weight, kept, 16)
-    expected = block_scale(to_blocks(weight, 16), kept)
-    assert torch.equal(block_scale(to_blocks(baked, 16)), expected)
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_stand_for_what_learning_computes(name: str) -> None:
+    """Clip and offset too: the artifact's integers are the loop's floats."""
+    form = FORMATS[name]
+    weight = torch.from_numpy(GENERATOR.normal(size=(7, 40)).astype(np.float32))
+    clip = torch.linspace(0.5, 1.0, 7)
+    if form.in_blocks:
+        clip = clip[:, None].repeat(1, 3)
+    offset = torch.from_numpy(GENERATOR.uniform(-0.5, 0.5, size=(7, 40)).astype(np.float32))
+    learned = fake_quantize_weight(weight, form, clip, offset)
+    codes = round_weight(weight, form, clip, offset)
+    torch.testing.assert_close(learned, codes.dequantized(), rtol=0.0, atol=1e-6)
+    assert int(codes.codes.min()) >= form.code_low
+    assert int(codes.codes.max()) <= form.code_high
+    nearest = round_weight(weight, form, clip)
+    moved = (codes.codes.int() - nearest.codes.int()).abs()
+    assert int(moved.max()) == 1  # an offset chooses between the two neighbours
+    assert 0.05 < float(moved.float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_reach_weight_clip_and_offset(name: str) -> None:
+    form = FORMATS[name]
+    weight = torch.from_numpy(GENERATOR.normal(size=(3, 32)).astype(np.float32)).requires_grad_()
+    clip = torch.full((3, 2) if form.in_blocks else (3,), 0.8, requires_grad=True)
+    offset = torch.zeros(3, 32, requires_grad=True)
+    fake_quantize_weight(weight, form, clip, offset).square().sum().backward()
+    for parameter in (weight, clip, offset):
+        assert parameter.grad is not None
+        assert float(parameter.grad.abs().sum()) > 0.0
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4])
+def test_signed_activations_are_symmetric(bits: int) -> None:
+    low, high = torch.tensor(-1.0), torch.tensor(3.0)
+    scale, zero_point = activation_parameters(low, high, bits, signed=True)
+    most = 2 ** (bits - 1) - 1
+    assert (float(zero_point), activation_codes(bits, signed=True)) == (0.0, (-most, most))
+    assert float(scale) == pytest.approx(3.0 / most)
+    found = fake_quantize_activation(torch.tensor([-9.0, 9.0]), low, high, bits, signed=True)
+    torch.testing.assert_close(found, torch.tensor([-3.0, 3.0]), rtol=1e-6, atol=0.0)
+
+
+def test_symmetric_unsigned_parameters_are_onnxruntimes() -> None:
+    low, high = np.array(-1.3, dtype=np.float32), np.array(2.7, dtype=np.float32)
+    zero_point, scale = compute_scale_zp(low, high, np.uint8(0), np.uint8(255), symmetric=True)
+    found = activation_parameters(torch.tensor(low), torch.tensor(high), 8, symmetric=True)
+    assert np.float32(found[0]) == scale
+    assert int(found[1]) == int(zero_point)
 
 
 def test_gradients_match_the_lsq_formula() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast.errors import CalibrationError, QuantizationError
+from holdfast.errors import CalibrationError
 from holdfast.exporter.source import load_source
 from holdfast.quantize.folding import fold_scales
-from holdfast.quantize.plan import input_groups, quantized_paths, shared_channels
+from holdfast.quantize.plan import input_groups, shared_channels
 from holdfast.quantize.simulate import torch_logits
 from tests.tiny import tiny_model
 
@@ -57,12 +57,3 @@ def test_the_head_has_nothing_to_fold_into(tmp_path: Path) -> None:
     model = load_source(tiny_model(tmp_path / "m", "LlamaForCausalLM")).model
     with pytest.raises(CalibrationError, match="lm_head"):
         fold_scales(model, input_groups(model)[-1], torch.ones(32))
-
-
-def test_exclude_patterns() -> None:
-    paths = ["model.layers.0.mlp.up_proj", "lm_head"]
-    assert quantized_paths(paths, ("lm_*",)) == paths[:1]
-    with pytest.raises(QuantizationError, match=r"matches no linear module.*model\.layers\.0"):
-        quantized_paths(paths, ("head",))
-    with pytest.raises(QuantizationError, match="nothing is left"):
-        quantized_paths(paths, ("*",))

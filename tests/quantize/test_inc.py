@@ -1,53 +1,282 @@
-"""The neural-compressor backend: same contract as ONNX Runtime's, and nothing taken on trust."""
+"""The neural-compressor backend: nothing taken on trust. What needs no worker is tested first."""
 
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
+from onnx import numpy_helper
 
 from holdfast.errors import QuantizationError
-from holdfast.exporter.export import read_export
+from holdfast.exporter.export import export_model, read_export
+from holdfast.exporter.graph import GraphLinear
 from holdfast.extras import missing_packages
-from holdfast.quantize.artifact import quantize_bundle
-from holdfast.quantize.backends import inc
-from holdfast.quantize.graph import Graph, read_static
-from holdfast.quantize.simulate import check_simulation
-from tests.quantize.conftest import Case
-from tests.quantize.test_artifact import build
+from holdfast.quantize.backends import inc, inc_static
+from holdfast.quantize.backends.inc_blocks import codes_of, codes_on_grid, write_blocks
+from holdfast.quantize.backends.inc_check import check_operators, check_written, run
+from holdfast.quantize.backends.inc_samples import SampleLoader, even_length
+from holdfast.quantize.backends.ort import join_codes
+from holdfast.quantize.codes import WeightCodes
+from holdfast.quantize.formats import Format
+from holdfast.quantize.graph import Graph, histogram, read_blocks, read_static
+from holdfast.quantize.record import ActivationRange
+from holdfast.recipe import ExportConfig, QuantizeConfig
+from tests.tiny import tiny_llama
 
-if missing_packages("inc"):
-    pytest.skip(
-        f"the `inc` extra is not installed ({', '.join(missing_packages('inc'))})",
-        allow_module_level=True,
+PROMPTS = [[5 + (7 * row + 3 * column) % 250 for column in range(9 + row % 3)] for row in range(6)]
+W8A8, W8A4, W4 = Format(8, 8, 0), Format(8, 4, 0), Format(4, None, 16)
+
+needs_inc = pytest.mark.skipif(
+    bool(missing_packages("inc")), reason=f"the `inc` extra is not installed ({missing_packages('inc')})"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("source"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def plain(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(source, tmp_path_factory.mktemp("plain"), "portable")
+
+
+@pytest.fixture(scope="module")
+def fused(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(source, tmp_path_factory.mktemp("fused"), "cpu-x86")
+
+
+def exported(source: Path, out: Path, target: str) -> Path:
+    export_model(source, out, ExportConfig(target=target))  # type: ignore[arg-type]
+    return out
+
+
+def modules_of(folder: Path) -> dict[str, GraphLinear]:
+    return read_export(folder).modules
+
+
+def quantize(folder: Path, formats: dict[str, Format], method: str, **given: object) -> onnx.ModelProto:
+    config = QuantizeConfig(accuracy_level=1)
+    defaults = {"ranges": None, "codes": None, "config": config, "prompts": PROMPTS, "method": method}
+    return inc.quantize(folder, modules_of(folder), formats, **(defaults | given))  # type: ignore[arg-type]
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def grid_weight(format: Format, width: int, seed: int) -> tuple[WeightCodes, torch.Tensor]:
+    """Random codes and the float weight that they stand for."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = -(2 ** (format.weight_bits - 1)), 2 ** (format.weight_bits - 1)
+    blocks = -(-width // format.block_size)
+    codes = torch.randint(low, high, (24, width), generator=generator, dtype=torch.int8)
+    scales = 0.01 + torch.rand((24, blocks), generator=generator)
+    zeros = torch.randint(low, high, (24, blocks), generator=generator, dtype=torch.int8)
+    zero_points = None if format.symmetric_weights else zeros
+    weight = WeightCodes(codes, scales, zero_points, format.weight_bits, format.block_size)
+    return weight, weight.dequantized()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("width", [48, 40])  # whole blocks, and a shorter one at the end
+def test_codes_on_an_unknown_grid_are_found(bits: int, symmetric: bool, width: int) -> None:
+    format = Format(bits, None, 16, symmetric_weights=symmetric)
+    _, weight = grid_weight(format, width, seed=bits)
+    found = codes_on_grid(weight.numpy(), format)
+    torch.testing.assert_close(found.dequantized(), weight, rtol=1e-5, atol=1e-6)
+    assert (found.zero_points is None) == symmetric
+    assert int(found.codes.amin()) >= -(2 ** (bits - 1)) and int(found.codes.amax()) < 2 ** (bits - 1)
+
+
+def test_a_block_of_zeros_has_a_grid() -> None:
+    found = codes_on_grid(np.zeros((2, 32), np.float32), W4)
+    assert torch.equal(found.dequantized(), torch.zeros(2, 32))
+
+
+def test_a_weight_on_no_grid_is_an_error() -> None:
+    weight = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    with pytest.raises(QuantizationError, match="to no grid of 16 steps in blocks of 16"):
+        codes_on_grid(weight, W4)
+
+
+def test_unsigned_codes_become_signed() -> None:
+    arrays = {
+        "codes": np.array([[0, 15] * 16], np.uint8),
+        "scales": np.array([[0.5, 0.25]], np.float32),
+        "zero_points": np.array([[8, 3]], np.uint8),
+    }
+    found = codes_of(arrays, 20, replace(W4, symmetric_weights=False))
+    assert found.codes.shape == (1, 20) and found.codes[0, :2].tolist() == [-8, 7]
+    assert found.zero_points is not None and found.zero_points.tolist() == [[0, -5]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_written_blocks_multiply_by_the_codes(bits: int, symmetric: bool, plain: Path) -> None:
+    """ONNX Runtime's MatMulNBits against the same graph with the dequantized weights."""
+    modules, model, expected = modules_of(plain), onnx.load(plain / "model.onnx"), None
+    path = "model.layers.1.mlp.down_proj"
+    linear = modules[path]
+    format = Format(bits, None, 16, symmetric_weights=symmetric)
+    weight, dequantized = grid_weight(format, linear.shape[0], seed=1)
+    rows = linear.shape[1]
+    weight = join_codes([weight, weight])
+    weight = WeightCodes(
+        weight.codes[:rows],
+        weight.scales[:rows] / 50,
+        None if weight.zero_points is None else weight.zero_points[:rows],
+        bits,
+        16,
     )
+    tensor = next(t for t in model.graph.initializer if t.name == linear.weight)
+    exact = onnx.ModelProto()
+    exact.CopyFrom(model)
+    target = next(t for t in exact.graph.initializer if t.name == linear.weight)
+    target.CopyFrom(numpy_helper.from_array(weight.dequantized().numpy().T.copy(), linear.weight))
+    expected = run(exact, PROMPTS)
+    write_blocks(model, {linear.output: weight}, {linear.output: 1})
+    check_operators(model, modules, {path: format})
+    np.testing.assert_allclose(run(model, PROMPTS), expected, rtol=0, atol=2e-4)
+    assert tensor.name not in {t.name for t in model.graph.initializer}
+    assert dequantized.shape[1] == linear.shape[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["w8a8", "w8a4", "w4"])
-def test_learned_ranges_reach_the_artifact(
-    name: str, cases: dict[str, Case], token_ids: list[list[int]], tmp_path: Path
-) -> None:
-    case = cases[name]
-    out = build(case, tmp_path / "out", backend="inc")
-    ranges = case.calibration.record.activation_ranges
-    graph = Graph(onnx.load(out / "model.onnx"))
-    for path, learned in ranges.items():
-        found = read_static(graph, path, read_export(case.exported).modules[path].output)
-        assert (float(found.scale), found.zero_point) == (learned.scale, learned.zero_point)
-    config = type(case.config)(
-        **{n: getattr(case.config, n) for n in case.config.__struct_fields__} | {"backend": "inc"}
-    )
-    check_simulation(case.source, ranges, out, config, token_ids)
+# --- ranges ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_no_model_from_fit_is_an_error(cases: dict[str, Case], tmp_path: Path) -> None:
-    """Token ids outside the vocabulary: fit() swallows ONNX Runtime's error and returns None."""
-    case = cases["w8a8"]
-    asked = inc.request(read_export(case.exported).modules, case.config)
-    with pytest.raises(QuantizationError, match="neural-compressor gave no quantized model"):
-        inc.run_worker(case.exported, tmp_path, asked | {"samples": [[100_000]]}, inc.WORKER)
+def quantized_graph(low: float, high: float) -> onnx.ModelProto:
+    """One product with a uint8 range on its input, as neural-compressor writes it."""
+    scale, zero_point = np.float32((high - low) / 255), np.uint8(round(-low / (high - low) * 255))
+    constants = {
+        "scale": scale,
+        "zero": zero_point,
+        "codes": np.ones((2, 3), np.int8),
+        "scales": np.full(3, 0.5, np.float32),
+        "zeros": np.zeros(3, np.int8),
+    }
+    make = onnx.helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["x", "scale", "zero"], ["q"], "x_QuantizeLinear"),
+        make("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        make("DequantizeLinear", ["codes", "scales", "zeros"], ["w"], axis=1),
+        make("MatMul", ["d", "w"], ["y"], "product"),
+    ]
+    real = onnx.TensorProto.FLOAT
+    ends = [onnx.helper.make_tensor_value_info(n, real, [1, k]) for n, k in (("x", 2), ("y", 3))]
+    tensors = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "static", ends[:1], ends[1:], tensors)
+    opset = onnx.helper.make_opsetid("", 17)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+
+
+ONE = {"one": GraphLinear("product", "x", "w", "y", None, True, (2, 3))}
+
+
+@pytest.mark.parametrize(
+    ("format", "zero_point", "scale"),
+    [
+        (W8A8, 64, 4.0 / 255),
+        (W8A4, 4, 4.0 / 15),
+        (Format(8, 8, 0, signed_activations=True, symmetric_activations=True), 0, 3.0 / 127),
+        (Format(8, 4, 0, signed_activations=True, symmetric_activations=True), 0, 3.0 / 7),
+    ],
+)
+def test_a_measured_range_in_another_format(format: Format, zero_point: int, scale: float) -> None:
+    """ONNX Runtime then gives what the formula of QuantizeLinear does, ends clipped."""
+    model = quantized_graph(-1.0, 3.0)
+    inc_static.finish(model, ONE, {"one": format}, None)
+    found = inc_static.read_ranges(model, ONE, {"one": format})["one"]
+    assert found.zero_point == zero_point
+    assert found.scale == pytest.approx(scale, rel=0.01)
+    x = np.array([[-7.0, 2.9]], np.float32)
+    low, high = inc_static.code_ends(format)
+    if format.activation_bits == 8:  # no clip: the integer type is the limit
+        low = -128 if format.signed_activations else 0
+    codes = np.clip(np.rint(x / np.float32(found.scale)) + zero_point, low, high) - zero_point
+    expected = np.repeat(codes.sum() * found.scale * 0.5, 3)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    np.testing.assert_allclose(session.run(["y"], {"x": x})[0][0], expected, rtol=1e-5)
+
+
+def test_a_linear_without_a_learned_range_is_an_error() -> None:
+    with pytest.raises(QuantizationError, match="no range for the input of `one`"):
+        other = {"other": ActivationRange(low=0.0, high=1.0, scale=1 / 255, zero_point=0)}
+        inc_static.finish(quantized_graph(-1.0, 3.0), ONE, {"one": W8A8}, other)
+
+
+def test_learned_weights_need_a_scale_for_each_channel() -> None:
+    model = quantized_graph(-1.0, 3.0)
+    for tensor, whole in (("scales", np.float32(0.5)), ("zeros", np.int8(0))):
+        found = next(t for t in model.graph.initializer if t.name == tensor)
+        found.CopyFrom(numpy_helper.from_array(np.asarray(whole), tensor))
+    codes = WeightCodes(torch.ones(3, 2, dtype=torch.int8), torch.ones(3, 1), None, 8, 0)
+    with pytest.raises(QuantizationError, match="one weight scale in all"):
+        inc_static.write_codes(model, ONE, {"one": codes})
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def test_even_length_cuts_the_middle() -> None:
+    found = even_length([[1, 2, 3, 4, 5, 6], [1, 7, 8, 6], [1, 6], [1, 9, 9, 9, 6]])
+    assert found == [[1, 2, 5, 6], [1, 7, 8, 6], [1, 9, 9, 6]]
+
+
+def test_samples_fill_every_required_input(fused: Path, plain: Path) -> None:
+    for folder in (fused, plain):
+        model = onnx.load(folder / "model.onnx")
+        feeds, _ = next(iter(SampleLoader(model.graph, PROMPTS)))
+        assert feeds["input_ids"].tolist() == [PROMPTS[0]]
+        assert np.isfinite(run(model, PROMPTS[:1])).all()
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"formats": {}}, "given no linear"),
+        ({"prompts": []}, "at least one token"),
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"method": "gptq"}, "rounds weights in blocks, and no linear"),
+        ({"formats": {"lm_head": W4}}, "quantizes inputs, and no linear"),
+        (
+            {"method": "smoothquant", "ranges": {"lm_head": ActivationRange(0.0, 1.0, 0.1, 0)}},
+            "which learned ranges do not fit",
+        ),
+        (
+            {"formats": {"model.layers.0.mlp.up_proj": W8A8, "model.layers.0.mlp.gate_proj": W8A4}},
+            "read one tensor, which neural-compressor quantizes once",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_said_at_once(given: dict[str, object], message: str, plain: Path) -> None:
+    asked = {"formats": {"lm_head": W8A8}, "ranges": None, "codes": None, "method": "static"}
+    with pytest.raises(QuantizationError, match=message):
+        inc.require_possible(modules_of(plain), **(asked | {"prompts": PROMPTS} | given))  # type: ignore[arg-type]
+
+
+def test_linears_of_one_product_share_a_format(fused: Path) -> None:
+    formats = {"model.layers.0.mlp.gate_proj": W4, "model.layers.0.mlp.up_proj": Format(8, None, 16)}
+    with pytest.raises(QuantizationError, match="share one MatMul in this graph"):
+        inc.require_possible(modules_of(fused), formats, None, None, "rtn", PROMPTS)
+
+
+def test_a_part_of_a_product_cannot_have_learned_weights(fused: Path) -> None:
+    formats = {"model.layers.0.mlp.gate_proj": W4, "model.layers.0.mlp.up_proj": W4}
+    weight, _ = grid_weight(W4, 32, seed=0)
+    with pytest.raises(QuantizationError, match="others in the same MatMul have none"):
+        inc.whole_products(modules_of(fused), formats, {"model.layers.0.mlp.up_proj": weight})
+
+
+# --- workers that misbehave --------------------------------------------------------------------
 
 
 def worker(tmp_path: Path, body: str) -> list[str]:
@@ -66,40 +295,225 @@ def worker(tmp_path: Path, body: str) -> list[str]:
         ("open('quantized.onnx', 'w'); raise ValueError('late')", r"failed \(ValueError: late\)"),
     ],
 )
-def test_misbehaving_worker_is_an_error(
-    body: str, message: str, cases: dict[str, Case], tmp_path: Path
-) -> None:
-    asked: dict[str, object] = {"out": "quantized.onnx"}
+def test_misbehaving_worker_is_an_error(body: str, message: str, plain: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=message):
-        inc.run_worker(cases["w8a8"].exported, tmp_path, asked, worker(tmp_path, body))
+        inc.run_worker(plain, tmp_path, {}, worker(tmp_path, body))
 
 
-def test_graph_that_does_not_load_is_an_error(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker that leaves a dangling input, as neural-compressor did with its default op list."""
-    body = """
-import onnx
-model = onnx.load("model.onnx")
-node = next(n for n in model.graph.node if n.op_type == "GroupQueryAttention")
-node.input[0] = "nowhere"
-onnx.save(model, "quantized.onnx")
-"""
-    monkeypatch.setattr(inc, "WORKER", worker(tmp_path, body))
-    monkeypatch.setattr(inc, "write_ranges", lambda *_: None)
-    case, out = cases["w8a8"], tmp_path / "out"
-    out.mkdir()
-    config = type(case.config)(backend="inc")
-    with pytest.raises(QuantizationError, match="a graph that ONNX Runtime refuses"):
-        quantize_bundle(case.exported, out, case.calibrated, config)
+def test_a_worker_that_never_ends_is_ended(plain: Path, tmp_path: Path) -> None:
+    command = worker(tmp_path, "import time; time.sleep(60)")
+    with pytest.raises(QuantizationError, match="did not finish within 1 s"):
+        inc.run_worker(plain, tmp_path, {}, command, timeout_s=1.0)
 
 
 def test_graph_left_in_float_is_an_error(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = "import shutil; shutil.copyfile('model.onnx', 'quantized.onnx')"
     monkeypatch.setattr(inc, "WORKER", worker(tmp_path, body))
-    case, out = cases["w8a8"], tmp_path / "out"
-    out.mkdir()
+    monkeypatch.setattr(inc, "require_extra", lambda *_: None)
     with pytest.raises(QuantizationError, match="left it in full precision"):
-        quantize_bundle(case.exported, out, case.calibrated, type(case.config)(backend="inc"))
+        quantize(plain, {"lm_head": W8A8}, "static")
+
+
+def test_a_dangling_input_is_an_error(fused: Path) -> None:
+    """As neural-compressor leaves it with its default list of operators."""
+    model = onnx.load(fused / "model.onnx")
+    broken = onnx.load(fused / "model.onnx")
+    node = next(n for n in broken.graph.node if n.op_type == "GroupQueryAttention")
+    node.input[0] = "nowhere"
+    with pytest.raises(QuantizationError, match="a graph that does not run"):
+        check_written(model, broken, PROMPTS)
+
+
+def test_nan_is_an_error(plain: Path) -> None:
+    model = onnx.load(plain / "model.onnx")
+    broken = onnx.load(plain / "model.onnx")
+    linear = modules_of(plain)["model.layers.0.mlp.up_proj"]
+    tensor = next(t for t in broken.graph.initializer if t.name == linear.weight)
+    nan = np.full(linear.shape, np.nan, np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(nan, tensor.name))
+    with pytest.raises(QuantizationError, match="NaN"):
+        check_written(model, broken, PROMPTS)
+
+
+def test_more_than_what_was_asked_is_an_error(plain: Path) -> None:
+    """Two products in blocks where one was asked for."""
+    modules, model = modules_of(plain), onnx.load(plain / "model.onnx")
+    paths = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    width, rows = modules[paths[0]].shape
+    weight = WeightCodes(
+        torch.ones(rows, width, dtype=torch.int8), torch.full((rows, width // 16), 0.01), None, 4, 16
+    )
+    outputs = [modules[path].output for path in paths]
+    write_blocks(model, dict.fromkeys(outputs, weight), dict.fromkeys(outputs, 1))
+    check_operators(model, modules, dict.fromkeys(paths, W4))
+    with pytest.raises(QuantizationError, match="was asked to quantize 1 products"):
+        check_operators(model, modules, {paths[0]: W4})
+
+
+# --- neural-compressor itself ------------------------------------------------------------------
+
+
+def static_parameters(model: onnx.ModelProto, folder: Path, path: str) -> tuple[float, int]:
+    found = read_static(Graph(model), path, modules_of(folder)[path].output)
+    return float(found.input.scale), found.input.zero_point
+
+
+@needs_inc
+@pytest.mark.slow
+def test_static_and_gptq_in_one_graph(plain: Path) -> None:
+    """Own ranges and own GPTQ; the head in 4-bit activations, one linear left out."""
+    modules = modules_of(plain)
+    formats = {path: W8A8 if "mlp" in path else W4 for path in modules if path != "lm_head"}
+    formats["lm_head"] = W8A4
+    del formats["model.layers.0.mlp.up_proj"]
+    model = quantize(plain, formats, "gptq")
+    check_operators(model, modules, formats)
+    ranges = inc.read_ranges(model, modules, formats)
+    assert set(ranges) == {path for path, format in formats.items() if format.activation_bits}
+    assert all(r.low <= 0 <= r.high and r.scale > 0 for r in ranges.values())
+    head = read_static(Graph(model), "lm_head", modules["lm_head"].output)
+    assert head.input.clip is not None and ranges["lm_head"].zero_point <= 15
+    blocks = read_blocks(Graph(model), "q", modules["model.layers.0.self_attn.q_proj"].output)
+    assert (blocks.bits, blocks.block_size, blocks.accuracy_level) == (4, 16, 1)
+    agreement = check_written(onnx.load(plain / "model.onnx"), model, PROMPTS)
+    assert agreement.same_top_frac > 0.3  # random weights; a wrong graph gives 1 in 300
+
+
+@needs_inc
+@pytest.mark.slow
+def test_learned_ranges_and_codes_are_written_over(fused: Path) -> None:
+    modules = modules_of(fused)
+    attention = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    formats = {path: W4 for path in attention} | {"model.layers.1.mlp.down_proj": W8A8}
+    codes = {}
+    for index, path in enumerate(attention):
+        first, last = modules[path].columns or (0, 0)
+        whole = join_codes([grid_weight(W4, modules[path].shape[0], seed=index + n)[0] for n in range(4)])
+        codes[path] = WeightCodes(
+            whole.codes[: last - first], whole.scales[: last - first] / 40, None, 4, 16
+        )
+    width, rows = modules["model.layers.1.mlp.down_proj"].shape
+    learned = torch.arange(rows * width).reshape(rows, width) % 255 - 127
+    codes["model.layers.1.mlp.down_proj"] = WeightCodes(
+        learned.to(torch.int8), torch.linspace(0.001, 0.002, rows)[:, None], None, 8, 0
+    )
+    ranges = {"model.layers.1.mlp.down_proj": ActivationRange(-1.0, 2.0, 3 / 255, 85)}
+    model = quantize(fused, formats, "rtn", ranges=ranges, codes=codes)
+    path = "model.layers.1.mlp.down_proj"
+    assert static_parameters(model, fused, path) == (float(np.float32(3 / 255)), 85)
+    found = read_static(Graph(model), path, modules[path].output)
+    np.testing.assert_array_equal(found.weight_codes, learned.numpy().T.astype(np.int8))
+    stored = read_blocks(Graph(model), "qkv", modules[attention[0]].output)
+    ordered = sorted(attention, key=lambda p: modules[p].columns or (0, 0))
+    expected = torch.cat([codes[p].scales for p in ordered]).flatten().numpy()
+    np.testing.assert_array_equal(stored.scales, expected)
+
+
+@needs_inc
+@pytest.mark.slow
+def test_smoothquant_keeps_the_function_and_searches_alpha(fused: Path) -> None:
+    modules = modules_of(fused)
+    formats = dict.fromkeys(modules, W8A8)
+    model = quantize(fused, formats, "smoothquant", alpha="auto")
+    before = histogram(onnx.load(fused / "model.onnx", load_external_data=False))
+    assert histogram(model)["Mul"] > before["Mul"]
+    products = {linear.node for linear in modules.values()}
+    assert histogram(model)["DequantizeLinear"] - histogram(model)["QuantizeLinear"] == len(products)
+    assert check_written(onnx.load(fused / "model.onnx"), model, PROMPTS).same_top_frac > 0.5
+
+
+@needs_inc
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_weights_in_blocks(method: str, plain: Path) -> None:
+    """8 bits in blocks, asymmetric: what its own writer cannot store."""
+    format = Format(8, None, 16, symmetric_weights=False)
+    formats = dict.fromkeys(modules_of(plain), format)
+    model = quantize(plain, formats, method)
+    blocks = read_blocks(Graph(model), "head", modules_of(plain)["lm_head"].output)
+    assert (blocks.bits, blocks.symmetric) == (8, False)
+    agreement = check_written(onnx.load(plain / "model.onnx"), model, PROMPTS)
+    assert agreement.same_top_frac > 0.9
+
+
+@needs_inc
+@pytest.mark.slow
+def test_gptq_is_closer_than_rounding(plain: Path, tmp_path: Path) -> None:
+    """On its calibration inputs. neural-compressor's own call gives round-to-nearest to the last bit."""
+    body = """
+import json, numpy as np, onnx
+from holdfast.quantize.backends import inc_weight_only as methods
+from holdfast.quantize.backends.inc_samples import SampleLoader
+from neural_compressor.adaptor.ox_utils.weight_only import gptq_quantize
+asked = json.load(open("request.json"))
+nodes, samples, model = asked["blocks"]["nodes"], asked["samples"], onnx.load("model.onnx")
+repaired = methods.gptq(onnx.load("model.onnx"), nodes, samples, 0)
+with methods._no_graph_writer():
+    own = gptq_quantize(
+        onnx.load("model.onnx"), SampleLoader(model.graph, samples),
+        weight_config=methods.weight_config(model, nodes, "gptq"), n_samples=-1,
+    )
+rounded = methods.round_to_nearest(model, nodes)
+node = next(iter(nodes))
+found = rounded[node]
+nearest = ((found["codes"] - 8.0).reshape(-1, found["scales"].shape[1], 16) * found["scales"][..., None])
+np.savez(
+    "compared.npz", repaired=repaired[node]["grid"], own=methods._weights(own.model, nodes)[node].array.T,
+    nearest=nearest.reshape(len(nearest), -1), weight=methods._weights(model, nodes)[node].array.T,
+)
+onnx.save(model, "quantized.onnx")
+"""
+    modules = modules_of(plain)
+    path = "model.layers.1.mlp.down_proj"
+    asked = inc.request(modules, {path: W4}, QuantizeConfig(), method="gptq", prompts=PROMPTS)
+    inc.run_worker(plain, tmp_path, asked, worker(tmp_path, body))
+    found = np.load(tmp_path / "compared.npz")
+    np.testing.assert_allclose(found["own"], found["nearest"], rtol=1e-5, atol=1e-7)
+    inputs = read_tensor(onnx.load(plain / "model.onnx"), modules[path].input)
+    errors = {
+        name: float((((found[name] - found["weight"]) @ inputs.T) ** 2).mean())
+        for name in ("repaired", "nearest")
+    }
+    assert errors["repaired"] < 0.8 * errors["nearest"]
+
+
+def read_tensor(model: onnx.ModelProto, name: str) -> np.ndarray:
+    """What a tensor holds on the prompts, float32 [tokens, width]."""
+    model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    feeds = SampleLoader(model.graph, PROMPTS).feeds
+    return np.concatenate([session.run([name], feed)[0][0] for feed in feeds])
+
+
+@needs_inc
+@pytest.mark.slow
+def test_rtn_equals_what_its_own_writer_stores(plain: Path, tmp_path: Path) -> None:
+    """At 4 bits, symmetric, neural-compressor writes MatMulNBits itself, and rightly."""
+    body = """
+import onnx
+from neural_compressor.adaptor.ox_utils.weight_only import rtn_quantize
+model = rtn_quantize(onnx.load("model.onnx"), num_bits=4, group_size=16, scheme="sym", accuracy_level=1)
+onnx.save(model.model, "quantized.onnx")
+"""
+    own = inc.run_worker(plain, tmp_path, {}, worker(tmp_path, body))
+    modules = modules_of(plain)
+    model = quantize(plain, dict.fromkeys(modules, W4), "rtn")
+    for path, linear in modules.items():
+        ours, theirs = (read_blocks(Graph(m), path, linear.output) for m in (model, own))
+        np.testing.assert_array_equal(ours.packed, theirs.packed)
+        np.testing.assert_array_equal(ours.scales, theirs.scales.reshape(-1))
+
+
+@needs_inc
+@pytest.mark.slow
+def test_no_model_from_fit_is_an_error(plain: Path) -> None:
+    """Token ids outside the vocabulary: fit() swallows ONNX Runtime's error and returns None."""
+    with pytest.raises(QuantizationError, match="neural-compressor gave no quantized model"):
+        quantize(plain, {"lm_head": W8A8}, "static", prompts=[[100_000]])
+
+
+def test_importing_the_backend_leaves_neural_compressor_alone() -> None:
+    code = "import sys, holdfast.quantize.backends.inc; sys.exit('neural_compressor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
