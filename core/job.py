@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from holdfast.config import encode
 from holdfast.errors import RecipeError
@@ -125,7 +128,7 @@ class Job:
         """Contrastive calibration of `source`, a possibly pruned form of the aligned model."""
         config = self.recipe.calibrate
         with bar("calibrating", total_steps(config, source), unit="step") as on_step:
-            return calibrate(
+            calibration = calibrate(
                 source,
                 self.negative,
                 config,
@@ -135,6 +138,8 @@ class Job:
                 aligned=self.aligned,
                 on_step=on_step,
             )
+        record = msgspec.structs.replace(calibration.record, coverage=self.covered)
+        return dataclasses.replace(calibration, record=record)
 
     def calibrate_blocks(self, model: Path, out: Path) -> CalibrationRecord:
         """Calibration block by block, from folder to folder, for models that do not fit."""

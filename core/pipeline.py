@@ -27,6 +27,7 @@ from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
 from holdfast.quantize.artifact import QuantizeReport, quantize_bundle, ranges_of
+from holdfast.quantize.coverage import describe
 from holdfast.quantize.decisions import LAYOUT, read_decisions
 from holdfast.quantize.finish import finish_artifact
 from holdfast.quantize.possible import INC_METHODS
@@ -161,7 +162,8 @@ def _calibrate(job: Job, runner: StepRunner) -> None:
             calibration.save(folder / "model")
             record = calibration.record
         chosen = {"alpha": record.chosen_alpha, "steps": record.chosen_steps, "held_out": record.held_out}
-        return {**chosen, "candidates": [_without_losses(c) for c in record.candidates]}
+        candidates = [_without_losses(c) for c in record.candidates]
+        return {**chosen, "coverage": describe(job.covered), "candidates": candidates}
 
     # the backend does not change what is learned, so that both share one calibration
     quantize = encode(recipe.quantize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,45 +162,3 @@ def read_blocks(graph: Graph, path: str, output: str) -> BlockLinear:
 def histogram(model: onnx.ModelProto) -> dict[str, int]:
     """Operator type -> number of nodes, sorted by name."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
-
-
-def keep_float_inputs(model: onnx.ModelProto, quantized_nodes: Sequence[str]) -> None:
-    """Nodes that were not asked for read the float tensor again, not its dequantized copy.
-
-    ONNX Runtime's quantizer reroutes every reader of a quantized tensor, among them linears that
-    are excluded, attention and residual connections.
-    """
-    asked = set(quantized_nodes)
-    producers = {name: node for node in model.graph.node for name in node.output}
-    for node in model.graph.node:
-        if node.name in asked or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for index, name in enumerate(node.input):
-            dequantize = producers.get(name)
-            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
-                quantize = producers.get(dequantize.input[0])
-                if quantize is not None and quantize.op_type == "QuantizeLinear":
-                    node.input[index] = quantize.input[0]
-
-
-def add_clips(model: onnx.ModelProto, bits: int) -> None:
-    """Clip before every QuantizeLinear, so that only the codes 0..2^bits - 1 are reached.
-
-    The ends are `(0 - zero_point) * scale` and `(2^bits - 1 - zero_point) * scale`.
-    """
-    graph, nodes = Graph(model), []
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear":
-            scale, zero_point = graph.value(node.input[1]), graph.value(node.input[2])
-            ends = [np.float32(code - int(zero_point)) * scale for code in (0, 2**bits - 1)]
-            names = [f"{node.name}_clip_{end}" for end in ("low", "high")]
-            for name, end in zip(names, ends, strict=True):
-                model.graph.initializer.append(numpy_helper.from_array(np.float32(end), name))
-            clipped = f"{node.input[0]}_clipped"
-            nodes.append(
-                onnx.helper.make_node("Clip", [node.input[0], *names], [clipped], f"{node.name}_Clip")
-            )
-            node.input[0] = clipped
-        nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)

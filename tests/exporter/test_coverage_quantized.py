@@ -51,4 +51,4 @@ def test_the_artifact_computes_what_the_simulation_does(
     quantize_bundle(exported, out, calibrated, W8A8)
     ranges = calibration.record.activation_ranges
     assert set(ranges) == set(linear_modules(aligned.model))
-    check_simulation(load_source(calibrated), ranges, out, W8A8, ids)
+    check_simulation(load_source(calibrated), calibration.decisions(W8A8), out, W8A8, ids)
