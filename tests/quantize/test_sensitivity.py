@@ -145,7 +145,8 @@ def test_weights_alone_have_no_activations_but_for_int8_inside(
 ) -> None:
     alone = {"w2": schemes["w2"]}
     assert {entry.safety.activations for entry in estimate(aligned, units, alone, {}, probes)} == {0.0}
-    inside = estimate(aligned, units, alone, {}, probes, accuracy_level=4)
+    four = {"w4": parse_scheme("w4", QuantizeConfig(block_size=16))}  # 2 bits in blocks of 16 stay float
+    inside = estimate(aligned, units, four, {}, probes, accuracy_level=4)
     assert all(0.0 < entry.safety.activations < entry.safety.weights for entry in inside)
 
 

@@ -22,7 +22,7 @@ from reference.results.figures import Measured
 from reference.results.process import Stages, in_fresh_process
 from reference.results.rows import OURS, Group, Row, tasks
 from reference.results.setup import Pair
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_model
 
 MIB = 1 << 20
 XSTEST = "id,prompt,type,label\n" + "".join(
@@ -140,7 +140,13 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     for seed, name in enumerate(("aligned", "base")):
         (folder / name).mkdir()
-        tiny_llama(folder / name, seed=seed)
+        tiny_model(
+            folder / name,
+            "LlamaForCausalLM",
+            seed=seed,
+            tie_word_embeddings=True,
+            max_position_embeddings=256,
+        )
     (folder / "xstest_prompts.csv").write_text(XSTEST, encoding="utf-8")
     (folder / "harmbench_text.csv").write_text(HARMBENCH, encoding="utf-8")
     return Pair("tiny", folder, folder, limit=4, threads=1)
