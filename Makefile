@@ -44,7 +44,7 @@ reference-second: $(VENV)/.dev  ## train the second pair again (about an hour on
 	  --work build/reference-second
 
 results: $(VENV)/.dev  ## measure the tables of docs/results.md again
-	$(BIN)/python -m reference.results --data-dir $(DATA) --out docs/results.md
+	$(BIN)/python -m reference.results --data-dir $(DATA) --work build/results --out docs/results.md
 
 benchmarks: $(VENV)/.dev  ## measure the tables of docs/benchmarks.md again (idle machine, 24 GB of memory)
 	$(BIN)/python -m benchmarks --work build/benchmarks --out docs/benchmarks.md

@@ -139,7 +139,7 @@ def line_goals(group: GroupFigures, ours: RowFigures) -> list[Goal]:
             Goal(
                 f"at most 40 % of {scaling.row.name}'s flips",
                 f"ours {flips.median:g}, {scaling.row.name} {theirs:g}: {share}",
-                flips.median <= OF_SMOOTHQUANT_FRAC * theirs,
+                flips.median <= OF_SMOOTHQUANT_FRAC * theirs if theirs else None,
             )
         )
     plain = group.row(KL_ONLY)

@@ -9,16 +9,20 @@ count.
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 
 from holdfast.errors import HoldfastError, MissingExtraError, QuantizationError
@@ -32,6 +36,7 @@ from reference.results.process import Stages
 from reference.results.setup import Setup
 
 MAX_DROP = 0.01  # absolute, of the alignment score
+WARNINGS_TOO, ERRORS_ONLY = 2, 3  # severities of ONNX Runtime; the first is its default
 
 Feeds = dict[str, NDArray[Any]]
 Score = Callable[[onnx.ModelProto, Iterable[Any]], tuple[float, list[float]]]
@@ -86,22 +91,35 @@ def quantize(
     import nncf
 
     others = [node.name for node in model.graph.node if node.name not in linears]
+    nncf.set_log_level(logging.ERROR)
     try:
-        result: onnx.ModelProto = nncf.quantize_with_accuracy_control(
-            model,
-            nncf.Dataset(list(samples)),
-            nncf.Dataset(list(range(items))),
-            score,
-            max_drop=MAX_DROP,
-            subset_size=len(samples),
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=[name for name in others if name], validate=False),
-        )
+        with no_output():
+            result: onnx.ModelProto = nncf.quantize_with_accuracy_control(
+                model,
+                nncf.Dataset(list(samples)),
+                nncf.Dataset(list(range(items))),
+                score,
+                max_drop=MAX_DROP,
+                subset_size=len(samples),
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=nncf.IgnoredScope(names=[name for name in others if name], validate=False),
+            )
     except HoldfastError:
         raise
     except Exception as error:  # NNCF raises what its libraries raise
         raise QuantizationError(f"NNCF failed ({type(error).__name__}: {error}).") from error
     return result
+
+
+@contextmanager
+def no_output() -> Iterator[None]:
+    """No progress bars on stdout, and none of ONNX Runtime's warnings about graphs that NNCF opens."""
+    onnxruntime.set_default_logger_severity(ERRORS_ONLY)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNINGS_TOO)
 
 
 @dataclass

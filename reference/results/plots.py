@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reference.results.figures import GroupFigures, Measured, PairFigures, RowFigures, base_rate
-from reference.results.goals import MINMAX_KEEPS_FRAC, SMOOTHQUANT_KEEPS_FRAC, line
+from reference.results.goals import MINMAX_KEEPS_FRAC, SMOOTHQUANT_KEEPS_FRAC
 from reference.results.rows import KL_ONLY, MINMAX, OUR_ROWS, OURS, PAPER, RTN, SMOOTHQUANT
 
 COLOURS = {
@@ -61,14 +61,16 @@ def flips_plot(pair: PairFigures) -> Figure | None:
     figure, panels = plt.subplots(
         len(groups),
         1,
-        figsize=(9.5, 0.27 * sum(heights) + 1.2),
+        figsize=(9.5, 0.22 * sum(heights) + 1.2),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
     for panel, group in zip(panels[:, 0], groups, strict=True):
         _flip_bars(panel, pair, group)
-    panels[0, 0].legend(loc="lower right", fontsize=8, ncols=2)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=4
+    )
     figure.suptitle(f"Answers that flipped against full precision, {pair.name} pair", fontsize=11)
     return figure
 
@@ -116,7 +118,7 @@ def _flip_bars(panel: Axes, pair: PairFigures, group: GroupFigures) -> None:
 def line_plot(pair: PairFigures) -> Figure | None:
     """Refusals kept and answers flipped, from scheme to scheme."""
     groups = [group for group in pair.groups if group.group.key.startswith(("w8a", "w4a"))]
-    groups = sorted(groups, key=lambda group: -_plainly_kept(group))
+    groups = sorted(groups, key=_plain_flips)
     if len(groups) < 2:
         return None
     figure, (kept, flipped) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -139,9 +141,10 @@ def line_plot(pair: PairFigures) -> Figure | None:
     return figure
 
 
-def _plainly_kept(group: GroupFigures) -> float:
-    plain = line(group).plain
-    return plain[1] if plain else 1.0
+def _plain_flips(group: GroupFigures) -> float:
+    """How hard a scheme is: the flips of its plain row."""
+    plain = group.row(MINMAX)
+    return plain.typical.flips.count if plain else 0
 
 
 def _sweep(
@@ -189,7 +192,7 @@ def sides_plot(pair: PairFigures) -> Figure | None:
     panel.set_xlabel("harmless prompts answered, %")
     panel.set_ylabel("harmful prompts refused, %")
     panel.set_title(f"Both sides, {pair.name} pair; the cross hairs are full precision", fontsize=11)
-    panel.legend(fontsize=8, loc="lower left")
+    figure.legend(loc="outside right upper", fontsize=8)
     panel.grid(alpha=0.3)
     return figure
 
@@ -246,7 +249,8 @@ def bytes_plot(pair: PairFigures) -> Figure | None:
     panel.set_ylabel("answers flipped, %")
     panel.set_title(f"Bytes and flips, {pair.name} pair (dotted: the fp32 graph)", fontsize=11)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, loc="upper right")
+    panel.set_ylim(bottom=-0.1)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -194,12 +194,17 @@ def alphas(figures: RowFigures) -> str:
 def goals_table(pair: PairFigures) -> str:
     """Every goal of every scheme, yes or no."""
     rows = [
-        [group.group.title, name, goal.text, goal.figures, YES_NO[goal.met]]
+        [_titled(group), name, goal.text, goal.figures, YES_NO[goal.met]]
         for group in pair.groups
         for name in OUR_ROWS
         for goal in goals(pair, group, name)
     ]
     return words(["scheme", "row", "goal", "figures", "reached"], rows)
+
+
+def _titled(group: GroupFigures) -> str:
+    below = group.group.goal == "line" and line(group).crossed
+    return f"{group.group.title}, below the line" if below else group.group.title
 
 
 def line_table(pair: PairFigures) -> str:

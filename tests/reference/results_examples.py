@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+from holdfast.evals.gate import Verdict
 from holdfast.evals.run import Answer, Conditions, SuiteAnswers
 from holdfast.evals.suites import SuiteKind
 from holdfast.recipe import EvaluateConfig
@@ -16,7 +18,7 @@ from reference.results.figures import (
     References,
     pair_figures,
 )
-from reference.results.flips import count_flips
+from reference.results.flips import Flips, count_flips
 from reference.results.process import Stage
 from reference.results.rows import Group, Row, Task
 
@@ -90,6 +92,12 @@ def references() -> References:
     )
 
 
+@cache
+def _judged(safe: tuple[tuple[str, tuple[bool, ...]], ...]) -> tuple[Verdict, Verdict, Flips]:
+    refs, found = references(), answers(dict(safe))
+    return refs.judge(found), refs.judge_sides(found), count_flips(refs.baseline, found)
+
+
 def measured(
     group: Group,
     row: Row,
@@ -100,13 +108,12 @@ def measured(
     facts: dict[str, Any] | None = None,
 ) -> Measured:
     """A row of a group whose artifact answered as `safe` says."""
-    refs = references()
-    found = answers(safe)
+    verdict, both_sides, flips = _judged(tuple((name, tuple(values)) for name, values in safe.items()))
     return Measured(
         task=Task(group, row, seed),
-        verdict=refs.judge(found),
-        both_sides=refs.judge_sides(found),
-        flips=count_flips(refs.baseline, found),
+        verdict=verdict,
+        both_sides=both_sides,
+        flips=flips,
         closeness=Closeness(0.01, 1.1, 0.99, 100),
         size_bytes=size_bytes,
         stages={

@@ -215,11 +215,11 @@ def test_nncf_quantizes_the_linears_that_its_accuracy_allows(
     shapes = nncf_peer.input_shapes(model)
     samples = [nncf_peer.feeds(shapes, [5, 6, 7, 8 + index]) for index in range(3)]
     linears = nncf_peer.linear_nodes(folder)[:2]
-    calls: list[float] = []
 
     def score(candidate: onnx.ModelProto, data: object) -> tuple[float, list[float]]:
-        calls.append(1.0 if not calls else 1.0 - drop)
-        return calls[-1], [calls[-1]] * 2
+        hurt = any(node.op_type == "QuantizeLinear" for node in candidate.graph.node)
+        value = 1.0 - drop * hurt
+        return value, [value] * 2
 
     quantized = nncf_peer.quantize(model, linears, samples, score, items=2)
     assert nncf_peer.float_linears(quantized, linears) == float_linears
