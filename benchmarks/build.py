@@ -24,7 +24,7 @@ from benchmarks.models import SHAPES, checkpoint
 from holdfast.exporter.export import REPORT, export_model
 from holdfast.files import atomic_folder, write_json
 from holdfast.progress import say
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.recipe import ExportConfig, QuantizeConfig
 from holdfast.runtime.external_data import graph_files
 

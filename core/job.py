@@ -25,11 +25,12 @@ from holdfast.exporter.streamed import StreamedModel
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.files import sha256_text, to_json
 from holdfast.progress import bar, say
-from holdfast.quantize.ablate import AblatedTwin, make_twin
-from holdfast.quantize.blockwise import calibrate_folder
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
-from holdfast.quantize.coverage import coverage, refuse_gaps
-from holdfast.quantize.prompts import (
+from holdfast.quantize.learning.ablate import AblatedTwin, make_twin
+from holdfast.quantize.learning.blockwise import calibrate_folder
+from holdfast.quantize.learning.dpo import WrittenPair, read_pairs
+from holdfast.quantize.prompts.coverage import coverage, refuse_gaps
+from holdfast.quantize.prompts.draw import (
     CalibrationPrompt,
     load_calibration,
     refuse_leakage,
@@ -122,7 +123,8 @@ class Job:
 
     @cached_property
     def prompts_key(self) -> str:
-        return sha256_text(to_json([encode(prompt) for prompt in self.prompts]))
+        prompts, pairs = map(encode, self.prompts), map(encode, written_pairs(self.recipe))
+        return sha256_text(to_json([*prompts, *pairs]))
 
     def calibrate(self, source: SourceModel) -> Calibration:
         """Contrastive calibration of `source`, a possibly pruned form of the aligned model."""
@@ -177,7 +179,8 @@ def prepare_data(recipe: Recipe) -> tuple[list[Suite], list[CalibrationPrompt], 
     """
     suites = load_suites(recipe.evaluate.suites, recipe.evaluate.limit)
     prompts = _calibration_prompts(recipe)
-    refuse_leakage(prompts, [item.prompt for suite in suites for item in suite.items])
+    learned = [CalibrationPrompt(prompt=pair.prompt, kind="harmful") for pair in written_pairs(recipe)]
+    refuse_leakage([*prompts, *learned], [item.prompt for suite in suites for item in suite.items])
     covered = coverage(prompts, suites)
     if recipe.calibrate.require_coverage:
         refuse_gaps(covered)
@@ -200,6 +203,12 @@ def calibrate_blocks(
         return calibrate_folder(
             model, out, config, recipe.quantize, prompts, seed=recipe.seed, on_step=on_step
         )
+
+
+def written_pairs(recipe: Recipe) -> list[WrittenPair]:
+    """The preference pairs that training learns from, where they come from a file."""
+    pairs = recipe.calibrate.qat.pairs if recipe.calibrate.method == "qat" else None
+    return [] if pairs is None else read_pairs(Path(pairs))
 
 
 def _calibration_prompts(recipe: Recipe) -> list[CalibrationPrompt]:

@@ -26,13 +26,13 @@ from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
-from holdfast.quantize.artifact import QuantizeReport, quantize_bundle, ranges_of
-from holdfast.quantize.coverage import describe
+from holdfast.quantize.artifact.finish import finish_artifact
+from holdfast.quantize.artifact.possible import INC_METHODS
+from holdfast.quantize.artifact.write import QuantizeReport, quantize_bundle, ranges_of
 from holdfast.quantize.decisions import LAYOUT, read_decisions
-from holdfast.quantize.finish import finish_artifact
-from holdfast.quantize.possible import INC_METHODS
+from holdfast.quantize.prompts.coverage import describe
+from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.quantize.record import Candidate
-from holdfast.quantize.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
 from holdfast.recipe import Recipe
 from holdfast.runtime.session import OnnxLanguageModel
@@ -141,8 +141,10 @@ def _prune(job: Job, runner: StepRunner) -> None:
     def work(folder: Path) -> dict[str, Any]:
         source = job.load(job.aligned.folder)  # its own copy: pruning works in place
         ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in job.prompts])
+        harmful = [prompt.kind == "harmful" for prompt in job.prompts]
+        negative = job.negative if config.safety_loss == "contrastive" else None
         with bar("pruning", len(block_paths(source.model)), unit="block") as on_done:
-            report = prune_model(source, ids, config, on_done=on_done)
+            report = prune_model(source, ids, config, harmful=harmful, negative=negative, on_done=on_done)
         save_source(source, folder / "model")
         write_json(folder / "prune.json", dataclasses.asdict(report))
         return {"method": report.method, "sparsity_frac": report.reached_frac}

@@ -40,16 +40,47 @@ Scheme = Annotated[str, Meta(pattern=r"^(none|w[248](a[2-8])?)$")]
 """Name of a quantization scheme; `quantize.formats` says what each stands for."""
 
 
+PruneMethod = Literal["none", "magnitude", "wanda", "sparsegpt", "snip", "combined", "set-difference"]
+PRUNE_METHODS: tuple[str, ...] = get_args(PruneMethod)
+
+
 class PruneConfig(Config, frozen=True):
-    """Unstructured pruning of the linear layers inside the decoder blocks.
+    """Zeros in the linear layers inside the decoder blocks.
 
     Attributes:
-        method: `none`, `magnitude` (|W|, per layer) or `wanda` (|W| * ||X||_2, per output row).
-        sparsity_frac: share of weights set to zero in each layer.
+        method: `none`; `magnitude` (|W|, per layer); `wanda` (|W| * ||X||_2, per output row); `sparsegpt`
+            (by output error, with the weights that stay updated); `snip` (|W| * |dL/dW| on the model's own
+            answers, per layer); `combined` (SNIP of the harmless prompts plus `safety_weight` times that of
+            the harmful ones, per layer); `set-difference` (weights that safety needs and utility does not
+            are protected, the others go by `rest`).
+        sparsity_frac: share of weights set to zero; with a pattern, what the pattern says.
+        pattern: `unstructured`, or `n:m`: of each m neighbouring weights of a row, n stay.
+        allocation: `uniform`, the same share in each layer; or by `sensitivity`: the same total, more where
+            the loss on answers changes less.
+        rest: `wanda` or `sparsegpt`, for the weights that `set-difference` does not protect.
+        safety_weight: lambda, weight of safety against utility, in `combined` and in sensitivities.
+        safety_top_frac, utility_top_frac: q and p of `set-difference`: a layer's top q of safety without
+            its top p of utility is protected.
+        safety_heads: so many attention heads that refusals hang on most (Ships) keep all their weights in
+            the attention's output, whatever the method.
+        safety_loss: of the harmful prompts: `nll` of the model's own answers, or `contrastive`, the
+            divergence of the unaligned model from it.
+        response_tokens: tokens of the model's own answers.
+        allow_zeros: prune a model that is sparse already; its zeros count as pruned.
     """
 
-    method: Literal["none", "magnitude", "wanda"] = "none"
+    method: PruneMethod = "none"
     sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
+    pattern: Annotated[str, Meta(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$")] = "unstructured"
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    rest: Literal["wanda", "sparsegpt"] = "sparsegpt"
+    safety_weight: Annotated[float, Meta(ge=0.0)] = 1.0
+    safety_top_frac: OpenFraction = 0.05
+    utility_top_frac: OpenFraction = 0.05
+    safety_heads: NotNegative = 0
+    safety_loss: Literal["nll", "contrastive"] = "nll"
+    response_tokens: Positive = 16
+    allow_zeros: bool = False
 
 
 class Mixture(Config, frozen=True):
@@ -66,6 +97,8 @@ class QATConfig(Config, frozen=True):
     Attributes:
         objective: `contrastive` (the calibration loss) or `dpo` (Rafailov et al. 2023, on the calibration
             prompts: the aligned model's answer over the unaligned one's).
+        pairs: DPO's pairs instead, a JSONL file of {"prompt", "chosen", "rejected"}. No prompt of an
+            evaluation suite may be in it.
         beta: DPO's temperature.
         lora_rank: rank of the adapters that are trained; 0 trains all weights of the linears.
         steps: optimizer steps.
@@ -73,6 +106,7 @@ class QATConfig(Config, frozen=True):
     """
 
     objective: Literal["contrastive", "dpo"] = "contrastive"
+    pairs: str | None = None
     beta: PositiveFloat = 0.1
     lora_rank: NotNegative = 8
     steps: NotNegative = 32
@@ -87,7 +121,8 @@ class CalibrateConfig(Config, frozen=True):
             alignment: `rtn` (rounding), `smoothquant`, `hqq`, `gptq`, `awq`.
         loss: `bounded` (minimum at the aligned model), `apc` (the paper's), `kl` (no push) or `mse` (of
             each block's output, no push).
-        alphas: weights of the push term to choose among, on held-out prompts by two-sided flips.
+        alphas: weights of the push term to choose among, on held-out prompts by two-sided flips. With
+            `bounded`, 0 is always among them; with `apc` they are taken as they are.
         top_k: size of S_top and S_diff.
         data: `builtin`, or a JSONL file of {"prompt", "kind": harmful|borderline|neutral, "category"?}.
         require_coverage: refuse calibration data that lack a category of the suites, instead of naming it.
@@ -102,26 +137,30 @@ class CalibrateConfig(Config, frozen=True):
         scope: `end-to-end`, or `blocks` alone, for models that do not fit: one decoder block in memory at
             a time.
         block_steps: optimizer steps a block, before the end-to-end ones.
-        steps: optimizer steps for each alpha.
+        steps: optimizer steps of the run without a push. Those with one branch off after half of them.
         batch_size: prompts a step.
-        smooth_frac: SmoothQuant strength of the channel scales that learning starts from; 0 for none.
+        smooth_fracs: SmoothQuant strengths of the channel scales that learning may start from, 0 for none;
+            the one that leaves the model nearest to the aligned one is taken.
+        smooth_frac: strength of `method: smoothquant`.
+        rounding_start: which way weights of 4 bits and below are rounded before that is learned: as `gptq`
+            does it, or to the `nearest` code.
         start: ranges that learning starts from: `mse` (least squared error) or `minmax`.
         learn_activations, learn_clip, learn_scales, learn_rounding: what is learned: static activation
-            ranges, weight clips, folded per-channel scales, and for weights of 4 bits and below which way
-            each is rounded.
+            ranges, weight clips, folded per-channel scales, and for weights of 4 bits and below, instead
+            of the scales, which way each is rounded.
         activation_lr, clip_lr, scale_lr, rounding_lr: Adam's learning rates for them.
         qat: settings of `method: qat`.
     """
 
     method: CalibrationMethod = "contrastive"
     loss: Loss = "bounded"
-    alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.1, 0.3)
+    alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.3)
     top_k: Positive = 500
     data: str = "builtin"
     require_coverage: bool = False
     mixture: Mixture = Mixture()
     mixtures: tuple[Mixture, ...] = ()
-    samples: Positive = 288
+    samples: Positive = 432
     held_out_frac: OpenFraction = 0.3333333333333333
     response_tokens: Positive = 16
     first_response_weight: Annotated[float, Meta(ge=1.0)] = 4.0
@@ -129,16 +168,18 @@ class CalibrateConfig(Config, frozen=True):
     block_steps: NotNegative = 0
     steps: NotNegative = 32
     batch_size: Positive = 24
+    smooth_fracs: Annotated[tuple[Fraction, ...], Meta(min_length=1)] = (0.5, 0.65, 0.8, 0.9)
     smooth_frac: Fraction = 0.5
+    rounding_start: Literal["gptq", "nearest"] = "gptq"
     start: Literal["mse", "minmax"] = "mse"
     learn_activations: bool = True
     learn_clip: bool = True
     learn_scales: bool = True
     learn_rounding: bool = True
-    activation_lr: PositiveFloat = 5e-3
-    clip_lr: PositiveFloat = 5e-3
-    scale_lr: PositiveFloat = 5e-3
-    rounding_lr: PositiveFloat = 5e-3
+    activation_lr: PositiveFloat = 1e-2
+    clip_lr: PositiveFloat = 1e-3
+    scale_lr: PositiveFloat = 1e-2
+    rounding_lr: PositiveFloat = 1e-3
     qat: QATConfig = QATConfig()
 
 
@@ -348,6 +389,9 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     prompts = calibrate.get("data") if isinstance(calibrate, dict) else None
     if isinstance(prompts, str) and prompts != "builtin":
         data["calibrate"]["data"] = str((folder / prompts).resolve())
+    qat = calibrate.get("qat") if isinstance(calibrate, dict) else None
+    if isinstance(qat, dict) and isinstance(qat.get("pairs"), str):
+        qat["pairs"] = str((folder / qat["pairs"]).resolve())
     evaluate = data.get("evaluate")
     suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
     for suite in suites if isinstance(suites, list) else []:

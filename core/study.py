@@ -15,14 +15,8 @@ from holdfast.evals.gate import Verdict, decide
 from holdfast.evals.run import SuiteAnswers
 from holdfast.job import Job
 from holdfast.progress import bar, say
-from holdfast.quantize.allocation import Allocation, allocate
-from holdfast.quantize.brute_force import Measured, Part, brute_force, rank_correlations
-from holdfast.quantize.contrastive import make_exam
-from holdfast.quantize.formats import Format, parse_scheme
-from holdfast.quantize.held_out import HeldOut
-from holdfast.quantize.prompts import hold_out
-from holdfast.quantize.record import ActivationRange
-from holdfast.quantize.search import (
+from holdfast.quantize.allocation.brute_force import Measured, Part, brute_force, rank_correlations
+from holdfast.quantize.allocation.search import (
     Trial,
     compare,
     decisions,
@@ -31,7 +25,7 @@ from holdfast.quantize.search import (
     search_until_passing,
     with_allocation,
 )
-from holdfast.quantize.sensitivity import (
+from holdfast.quantize.allocation.sensitivity import (
     Plan,
     Sensitivity,
     costs,
@@ -39,15 +33,21 @@ from holdfast.quantize.sensitivity import (
     static_ranges,
     steps,
 )
-from holdfast.quantize.sequences import even_rows
-from holdfast.quantize.simulate import simulate
-from holdfast.quantize.units import (
+from holdfast.quantize.allocation.solve import Allocation, allocate
+from holdfast.quantize.allocation.units import (
     Unit,
     budget_from_bits,
     other_bytes,
     quantizable_units,
     unit_sizes,
 )
+from holdfast.quantize.formats import Format, parse_scheme
+from holdfast.quantize.learning.contrastive import make_exam
+from holdfast.quantize.learning.held_out import HeldOut
+from holdfast.quantize.prompts.draw import hold_out
+from holdfast.quantize.prompts.sequences import even_rows
+from holdfast.quantize.record import ActivationRange
+from holdfast.quantize.simulate import simulate
 from holdfast.recipe import QuantizeConfig
 
 RANDOMS = 3

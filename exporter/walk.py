@@ -59,6 +59,11 @@ def last_logits(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tensor, 
         hidden: output of the last block, float32 [row, token, channel].
         keep: how many positions at the end.
     """
+    return logits_from(model, inputs, hidden, keep)
+
+
+def logits_from(model: nn.Module, inputs: Mapping[str, Tensor], hidden: Tensor, keep: int) -> Tensor:
+    """As `last_logits`, with gradients back to `hidden` where it asks for them."""
     with _blocks_skipped(model, [], hidden):
         return _forward(model, inputs, keep=keep)
 

@@ -1,20 +1,46 @@
-"""Pruning a loaded model in place, and the record of what was reached."""
+"""Pruning a loaded model in place, block by block, and the record of what was reached.
+
+A block's masks come from its inputs as the pruned blocks before it give them (Wanda, section 3) and from
+gradients of the unpruned model (see `gradients`); so the calibration rows and the answers walk through the
+model side by side, and no more than one block's scores are in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.errors import PruneError
 from holdfast.exporter.architectures import block_linear_modules, block_paths
 from holdfast.exporter.source import SourceModel
 from holdfast.exporter.walk import advance
-from holdfast.prune.activations import first_block_batches, input_norms
-from holdfast.prune.magnitude import magnitude_mask
-from holdfast.prune.wanda import wanda_mask
+from holdfast.prune.activations import first_block_batches, input_hessian
+from holdfast.prune.allocation import Choice, allocate, first_order_cost, sparsity_grid
+from holdfast.prune.block_scores import (
+    Evidence,
+    block_protected,
+    block_scores,
+    choose,
+    dropped_count,
+    loss_scores,
+    updates,
+)
+from holdfast.prune.checks import (
+    check_config,
+    check_finite,
+    check_heads,
+    check_rows,
+    check_sets,
+    check_weights,
+)
+from holdfast.prune.gradients import answer_batches, own_answers
+from holdfast.prune.heads import head_scores, query_heads
+from holdfast.prune.masks import parse_pattern, pruned_count
+from holdfast.prune.report import PruneReport, make_report
+from holdfast.prune.scores.ships import Head, strongest_heads
+from holdfast.prune.sparsegpt import sparsegpt
 from holdfast.recipe import PruneConfig
 
 BATCH_SIZE = 16
@@ -22,149 +48,180 @@ BATCH_SIZE = 16
 OnDone = Callable[[int], None]
 """Called with the number of decoder blocks just pruned; drives progress bars."""
 
-
-@dataclass(frozen=True)
-class Sparsity:
-    """Zeros of one linear layer.
-
-    Attributes:
-        weights: number of weights.
-        zeros: how many of them are zero now, those that were zero before among them.
-        sparsity_frac: zeros / weights.
-    """
-
-    weights: int
-    zeros: int
-    sparsity_frac: float
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What pruning did.
-
-    Attributes:
-        method: `none`, `magnitude` or `wanda`.
-        asked_frac: the share asked for.
-        reached_frac: zeros / weights over all pruned layers; 0 for `none`.
-        modules: module path -> sparsity; empty for `none`.
-        calibration_rows, calibration_tokens: what Wanda's input norms were taken over.
-    """
-
-    method: str
-    asked_frac: float
-    reached_frac: float
-    modules: dict[str, Sparsity]
-    calibration_rows: int
-    calibration_tokens: int
+Rows = Sequence[Sequence[int]]
 
 
 def prune_model(
     source: SourceModel,
-    token_ids: Sequence[Sequence[int]],
+    token_ids: Rows,
     config: PruneConfig,
     *,
+    harmful: Sequence[bool] = (),
+    negative: Any = None,
     on_done: OnDone | None = None,
 ) -> PruneReport:
     """Set weights of the linear layers inside the decoder blocks to zero, in place.
 
-    Embedding, norms, biases and head are left alone.
+    Embedding, norms, biases and head are left alone. Only SparseGPT changes weights that stay.
 
     Arguments:
-        token_ids: calibration rows (chat-templated prompts); read by `wanda` only.
+        token_ids: calibration rows (chat-templated prompts); not read by `magnitude`, as long as nothing
+            but the weights is asked for.
+        harmful: which rows are the safety set; the others are the utility set. By default none is.
+        negative: unaligned transformers model, read with `safety_loss: contrastive` only.
 
     Raises:
-        PruneError: weights or activations that are not finite, no calibration rows for `wanda`.
+        PruneError: a sparsity or pattern that cannot be, weights or activations that are not finite, a
+            model that is sparse already, no calibration rows or none of a kind where they are needed.
     """
     linears = {} if config.method == "none" else block_linear_modules(source.model)
-    _check_weights(linears)
-    rows = token_ids if config.method == "wanda" else ()
-    if config.method == "wanda":
-        _check_rows(rows)
-        _prune_wanda(source, rows, config.sparsity_frac, on_done)
-    elif config.method == "magnitude":
-        _prune_magnitude(source.model, config.sparsity_frac, on_done)
-    return _report(config, linears, rows)
+    check_config(config, linears)
+    check_weights(linears, allow_zeros=config.allow_zeros)
+    if not linears:
+        return make_report(config, {}, {})
+    harmful = harmful or [False] * len(token_ids)
+    safety = [row for row, kind in zip(token_ids, harmful, strict=True) if kind]
+    utility = [row for row, kind in zip(token_ids, harmful, strict=True) if not kind]
+    if _reads_inputs(config) or _reads_answers(config) or config.safety_heads:
+        check_rows(config, token_ids)
+        check_sets(config, len(safety), len(utility))
+    heads = _safety_heads(source, safety, config)
+    rows, evidence = _gather(source, token_ids, safety, utility, config, negative)
+    evidence.heads = heads
+    fracs = dict.fromkeys(linears, config.sparsity_frac)
+    if config.allocation == "sensitivity":
+        fracs = _allocate(source.model, linears, config, evidence.unpruned())
+    protected = _prune(source.model, linears, config, fracs, evidence, on_done)
+    sets = (len(safety), len(utility)) if _reads_answers(config) else (0, 0)
+    return make_report(
+        config, linears, protected, safety_heads=heads, rows=rows, safety_rows=sets[0], utility_rows=sets[1]
+    )
 
 
-@torch.inference_mode()
-def _prune_magnitude(model: nn.Module, sparsity_frac: float, on_done: OnDone | None) -> None:
-    linears = block_linear_modules(model)
-    for block in block_paths(model):
-        for module in _inside(block, linears).values():
-            _drop(module, magnitude_mask(module.weight, sparsity_frac))
-        if on_done is not None:
-            on_done(1)
+def _reads_inputs(config: PruneConfig) -> bool:
+    return config.method in ("wanda", "sparsegpt", "set-difference")
 
 
-@torch.inference_mode()
-def _prune_wanda(
-    source: SourceModel, rows: Sequence[Sequence[int]], sparsity_frac: float, on_done: OnDone | None
-) -> None:
-    """Block by block: norms on the pruned blocks' output, masks for the whole block, onwards."""
-    model = source.model
-    linears = block_linear_modules(model)
-    batches = first_block_batches(model, rows, pad_id=source.tokenizer.pad_id, batch_size=BATCH_SIZE)
+def _reads_answers(config: PruneConfig) -> bool:
+    return config.method in ("snip", "combined", "set-difference") or config.allocation == "sensitivity"
+
+
+def _safety_heads(source: SourceModel, prompts: Rows, config: PruneConfig) -> list[Head]:
+    """The heads to protect, strongest first."""
+    if not config.safety_heads:
+        return []
+    check_heads(config, query_heads(source.model) * len(block_paths(source.model)))
+    scores = head_scores(source.model, prompts, pad_id=source.tokenizer.pad_id, batch_size=BATCH_SIZE)
+    return strongest_heads(scores, config.safety_heads)
+
+
+def _gather(
+    source: SourceModel, token_ids: Rows, safety: Rows, utility: Rows, config: PruneConfig, negative: Any
+) -> tuple[Rows, Evidence]:
+    """Calibration rows and what enters the first block.
+
+    Where the model's own answers are known, they are part of the rows: refusals happen there.
+    """
+    evidence, rows = Evidence(), token_ids if _reads_inputs(config) else ()
+    if _reads_answers(config):
+        answers = [
+            own_answers(source, prompts, config.response_tokens, BATCH_SIZE)
+            for prompts in (safety, utility)
+        ]
+        push = negative if config.safety_loss == "contrastive" else None
+        evidence.safety = answer_batches(source, safety, answers[0], push)
+        evidence.utility = answer_batches(source, utility, answers[1])
+        if _reads_inputs(config):
+            pairs = zip((*safety, *utility), (*answers[0], *answers[1]), strict=True)
+            rows = [[*prompt, *answer] for prompt, answer in pairs]
+    if rows:
+        pad_id = source.tokenizer.pad_id
+        evidence.stream = first_block_batches(source.model, rows, pad_id=pad_id, batch_size=BATCH_SIZE)
+    return rows, evidence
+
+
+def _allocate(
+    model: nn.Module, linears: dict[str, nn.Linear], config: PruneConfig, evidence: Evidence
+) -> dict[str, float]:
+    """Module path -> sparsity, by what the masks of the unpruned model would cost at each."""
+    costs: dict[Choice, float] = {}
+    zeros: dict[Choice, int] = {}
     for index, path in enumerate(block_paths(model)):
-        block = model.get_submodule(path)
         inside = _inside(path, linears)
-        norms = input_norms(block, inside, batches, index)
-        for name, module in inside.items():
-            _check_norms(name, norms[name])
-            _drop(module, wanda_mask(module.weight, norms[name], sparsity_frac))
-        advance(block, batches, index)
+        protected = block_protected(config, model, inside, index, evidence)
+        scores = block_scores(config, model, inside, index, evidence)
+        losses = loss_scores(config, model, inside, index, evidence)
+        for name in inside:
+            for frac in sparsity_grid(config.sparsity_frac):
+                keep = choose(config, scores[name], frac, protected.get(name))
+                costs[name, frac] = first_order_cost(losses[name], keep)
+                zeros[name, frac] = dropped_count(config, inside[name].weight, frac)
+        evidence.advance_answers(model.get_submodule(path), index)
+    weights = sum(module.weight.numel() for module in linears.values())
+    uniform = sum(count for (_, frac), count in zeros.items() if frac == config.sparsity_frac)
+    return allocate(costs, zeros, least=uniform, most=pruned_count(weights, config.sparsity_frac))
+
+
+def _prune(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    config: PruneConfig,
+    fracs: dict[str, float],
+    evidence: Evidence,
+    on_done: OnDone | None,
+) -> dict[str, tuple[int, int]]:
+    """Module path -> (protected weights, those of them that were dropped)."""
+    counts: dict[str, tuple[int, int]] = {}
+    for index, path in enumerate(block_paths(model)):
+        block, inside = model.get_submodule(path), _inside(path, linears)
+        protected = block_protected(config, model, inside, index, evidence)
+        if updates(config):
+            evidence.advance_answers(block, index)
+            _drop_with_update(block, inside, index, config, fracs, protected, evidence)
+        else:
+            scores = block_scores(config, model, inside, index, evidence)
+            evidence.advance_answers(block, index)
+            for name, module in inside.items():
+                _drop(module, choose(config, scores.pop(name), fracs[name], protected.get(name)))
+        counts |= {name: _count(inside[name].weight, mask) for name, mask in protected.items()}
+        advance(block, evidence.stream, index)
         if on_done is not None:
             on_done(1)
+    return counts
+
+
+@torch.no_grad()
+def _drop_with_update(
+    block: nn.Module,
+    inside: dict[str, nn.Linear],
+    index: int,
+    config: PruneConfig,
+    fracs: dict[str, float],
+    protected: dict[str, Tensor],
+    evidence: Evidence,
+) -> None:
+    """One linear after the other, each on what the pruned ones before it in the block let through."""
+    for name, module in inside.items():
+        hessian = input_hessian(block, module, evidence.stream, index)
+        check_finite(name, hessian)
+        pruned, _ = sparsegpt(
+            module.weight,
+            hessian,
+            fracs[name],
+            pattern=parse_pattern(config.pattern),
+            protected=protected.get(name),
+        )
+        module.weight.copy_(pruned)
+
+
+@torch.no_grad()
+def _drop(module: nn.Linear, keep: Tensor) -> None:
+    module.weight.masked_fill_(~keep, 0.0)
 
 
 def _inside(block: str, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     return {path: module for path, module in linears.items() if path.startswith(f"{block}.")}
 
 
-def _drop(module: nn.Linear, keep: Tensor) -> None:
-    module.weight.masked_fill_(~keep, 0.0)
-
-
-def _check_weights(linears: dict[str, nn.Linear]) -> None:
-    for path, module in linears.items():
-        if not torch.isfinite(module.weight).all():
-            raise PruneError(
-                f"The weights of `{path}` hold NaN or infinity and cannot be ranked: "
-                "start from an intact checkpoint."
-            )
-
-
-def _check_rows(rows: Sequence[Sequence[int]]) -> None:
-    if not rows or not all(rows):
-        raise PruneError(
-            f"Wanda ranks weights by their inputs and needs calibration prompts, found {len(rows)} "
-            f"of which {sum(not row for row in rows)} are empty: give prompts, or use `magnitude`."
-        )
-
-
-def _check_norms(path: str, norms: Tensor) -> None:
-    if not torch.isfinite(norms).all():
-        raise PruneError(
-            f"The inputs of `{path}` are NaN or infinite on the calibration prompts: "
-            "start from an intact checkpoint."
-        )
-
-
-def _report(
-    config: PruneConfig, linears: dict[str, nn.Linear], rows: Sequence[Sequence[int]]
-) -> PruneReport:
-    modules = {path: _sparsity(module.weight) for path, module in linears.items()}
-    weights = sum(entry.weights for entry in modules.values())
-    zeros = sum(entry.zeros for entry in modules.values())
-    return PruneReport(
-        method=config.method,
-        asked_frac=config.sparsity_frac,
-        reached_frac=zeros / weights if weights else 0.0,
-        modules=modules,
-        calibration_rows=len(rows),
-        calibration_tokens=sum(len(row) for row in rows),
-    )
-
-
-def _sparsity(weight: Tensor) -> Sparsity:
-    zeros = int((weight == 0).sum())
-    return Sparsity(weight.numel(), zeros, zeros / weight.numel())
+def _count(weight: Tensor, protected: Tensor) -> tuple[int, int]:
+    return int(protected.sum()), int((protected & (weight == 0)).sum())

@@ -20,18 +20,20 @@ import msgspec
 
 from holdfast.exporter.architectures import block_paths, linear_modules
 from holdfast.exporter.source import SourceModel, save_source
-from holdfast.quantize import contrastive, qat
-from holdfast.quantize.codes import WeightCodes, save_codes
+from holdfast.quantize.artifact.possible import INC_METHODS
 from holdfast.quantize.decisions import Decisions, layout
 from holdfast.quantize.folding import fold
 from holdfast.quantize.formats import Format, formats
-from holdfast.quantize.hqq import hqq
-from holdfast.quantize.possible import INC_METHODS
-from holdfast.quantize.prompts import CalibrationPrompt, count_kinds, hold_out
+from holdfast.quantize.learning import contrastive, qat
+from holdfast.quantize.learning.learnable import Learnables
+from holdfast.quantize.learning.start import watched_inputs
+from holdfast.quantize.prompts.draw import CalibrationPrompt, count_kinds, hold_out
+from holdfast.quantize.prompts.sequences import Batch, even_rows
 from holdfast.quantize.record import CalibrationRecord, activation_range, write_record
-from holdfast.quantize.sequences import Batch, even_rows
 from holdfast.quantize.walk import WholeModel
-from holdfast.quantize.weight_only import awq_codes, gptq_codes, rounded_codes
+from holdfast.quantize.weights.codes import WeightCodes, save_codes
+from holdfast.quantize.weights.hqq import hqq
+from holdfast.quantize.weights.weight_only import awq_codes, gptq_codes, rounded_codes
 from holdfast.recipe import CalibrateConfig, QuantizeConfig
 
 OnStep = Callable[[int], None]
@@ -118,7 +120,7 @@ def calibrate(
     Arguments:
         source: the model to quantize, possibly pruned; it is not changed.
         negative: transformers model of the unaligned parent or twin; only the learned methods read it.
-        prompts: calibration prompts, see `prompts.load_calibration`.
+        prompts: calibration prompts, see `prompts.draw.load_calibration`.
         aligned: reference of the loss and of the flips; by default `source`.
         seed: decides the held-out prompts and the order of the batches.
 
@@ -188,6 +190,7 @@ def _contrastive(task: Task, learn: Callable[..., contrastive.Learned] = contras
         candidates=learned.candidates,
         chosen_alpha=learned.chosen.alpha,
         chosen_steps=learned.chosen.steps,
+        smooth_frac=learned.smooth_frac,
         kept_frac=learned.kept_frac,
         rounded_away_frac=learned.rounded_away_frac,
         prompts=count_kinds(learn_from, held_out),
@@ -204,7 +207,9 @@ def _rtn(task: Task) -> Calibration:
 def _smoothquant(task: Task) -> Calibration:
     """Channel scales at `smooth_frac`, folded; nothing else."""
     working = task.copy()
-    fold(contrastive.attach(working.model, task.batch(), task.config, task.chosen))
+    inputs = watched_inputs(working.model, task.batch(), task.config.batch_size)
+    starts = inputs.starts(task.chosen, task.config, task.config.smooth_frac)
+    fold(Learnables(working.model, inputs.groups, starts, task.chosen, rounding=False))
     return Calibration(working, task.record())
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import QuantizationError
-from holdfast.quantize.codes import WeightCodes, load_codes
 from holdfast.quantize.formats import Format, formats
 from holdfast.quantize.record import ActivationRange, CalibrationRecord, read_record
+from holdfast.quantize.weights.codes import WeightCodes, load_codes
 from holdfast.recipe import QuantizeConfig
 
 LAYOUT = ("block_size", "symmetric_weights", "symmetric_activations", "signed_activations", "per_channel")

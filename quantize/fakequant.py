@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.formats import Format
+from holdfast.quantize.weights.codes import WeightCodes
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 WEIGHT_CODE_MAX = 127

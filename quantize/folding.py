@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import CalibrationError
 from holdfast.exporter.architectures import row_of
-from holdfast.quantize.learnable import Learnables
+from holdfast.quantize.learning.learnable import Learnables
 from holdfast.quantize.plan import InputGroup
 
 

@@ -43,6 +43,7 @@ class Candidate(Config, frozen=True):
         flips_lost: the aligned model refused, this one does not.
         flips_gained: the aligned model did not refuse, this one does.
         flips_other: other changes of label, for example to incoherence.
+        flipped: which held-out prompts these are, counted from 0.
         changed_tokens_frac: share of answer positions with another likeliest token.
         divergence: weighted mean KL from the aligned model on S_top, nats.
         losses: training loss of every step, nats.
@@ -55,6 +56,7 @@ class Candidate(Config, frozen=True):
     flips_other: int
     changed_tokens_frac: float
     divergence: float
+    flipped: tuple[int, ...] = ()
     mixture: dict[str, float] | None = None
     losses: tuple[float, ...] = ()
 
@@ -74,6 +76,7 @@ class CalibrationRecord(Config, frozen=True):
         activation_ranges: module path -> range of its input; linears that share an input share it.
         candidates: every alpha that was tried, and where learning started (steps 0).
         chosen_alpha, chosen_steps: the candidate that was kept.
+        smooth_frac: SmoothQuant strength that learning started from.
         kept_frac: module path -> mean share of the weights' absmax that the clips keep.
         rounded_away_frac: module path -> share of the weights that are not rounded to the nearest code.
         coverage: category of the suites -> calibration prompts of it.
@@ -91,6 +94,7 @@ class CalibrationRecord(Config, frozen=True):
     candidates: tuple[Candidate, ...] = ()
     chosen_alpha: float | None = None
     chosen_steps: int = 0
+    smooth_frac: float | None = None
     kept_frac: dict[str, float] = {}
     rounded_away_frac: dict[str, float] = {}
     coverage: dict[str, int] = {}

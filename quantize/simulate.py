@@ -24,9 +24,8 @@ from holdfast.exporter.parity import (
     open_session,
 )
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.codes import WeightCodes
+from holdfast.quantize.artifact.embedding import fake_quantize_embedding
 from holdfast.quantize.decisions import Decisions
-from holdfast.quantize.embedding import fake_quantize_embedding
 from holdfast.quantize.fakequant import (
     activation_codes,
     fake_quantize,
@@ -35,6 +34,7 @@ from holdfast.quantize.fakequant import (
 )
 from holdfast.quantize.formats import FLOAT_BITS, INT8_COMPUTE, Format, compute_level
 from holdfast.quantize.record import ActivationRange
+from holdfast.quantize.weights.codes import WeightCodes
 from holdfast.recipe import QuantizeConfig
 from holdfast.runtime.external_data import graph_files
 

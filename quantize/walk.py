@@ -18,7 +18,7 @@ from holdfast.exporter import walk
 from holdfast.exporter.architectures import block_paths
 from holdfast.exporter.batching import length_batches, pad_left
 from holdfast.exporter.walk import BlockBatch, advance, last_logits
-from holdfast.quantize.sequences import Batch
+from holdfast.quantize.prompts.sequences import Batch
 
 
 class Decoder(Protocol):

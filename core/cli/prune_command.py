@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,9 +18,17 @@ from holdfast.cli.options import (
     overwrite_option,
     seed_option,
 )
+from holdfast.config import decode
+from holdfast.errors import UsageError
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder, write_json
-from holdfast.recipe import CalibrateConfig, PruneConfig
+from holdfast.recipe import PRUNE_METHODS, CalibrateConfig, PruneConfig
+
+if TYPE_CHECKING:
+    from holdfast.exporter.source import SourceModel
+    from holdfast.quantize.prompts.draw import CalibrationPrompt
+
+DEFAULTS = PruneConfig()
 
 
 @click.command("prune")
@@ -26,17 +36,91 @@ from holdfast.recipe import CalibrateConfig, PruneConfig
 @out_option("the pruned model")
 @click.option(
     "--method",
-    type=click.Choice(["magnitude", "wanda"]),
+    type=click.Choice([name for name in PRUNE_METHODS if name != "none"]),
     default="wanda",
     show_default=True,
-    help="How weights are scored.",
+    help="How weights are scored; combined and set-difference know of alignment.",
 )
 @click.option(
     "--sparsity",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=PruneConfig().sparsity_frac,
+    "sparsity_frac",
+    type=float,
+    help=f"Share of the weights set to zero.  [default: {DEFAULTS.sparsity_frac}, or what --pattern says]",
+)
+@click.option(
+    "--pattern",
+    default=DEFAULTS.pattern,
     show_default=True,
-    help="Share of each layer's weights set to zero.",
+    metavar="N:M",
+    help="2:4, 4:8, ...: of each M neighbouring weights, N stay.",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "sensitivity"]),
+    default=DEFAULTS.allocation,
+    show_default=True,
+    help="The same sparsity in each layer, or by sensitivity at the same total.",
+)
+@click.option(
+    "--rest",
+    type=click.Choice(["wanda", "sparsegpt"]),
+    default=DEFAULTS.rest,
+    show_default=True,
+    help="How set-difference chooses among weights that it does not protect.",
+)
+@click.option(
+    "--lambda",
+    "safety_weight",
+    type=float,
+    default=DEFAULTS.safety_weight,
+    show_default=True,
+    help="Weight of safety against utility.",
+)
+@click.option(
+    "--safety-top",
+    "safety_top_frac",
+    type=float,
+    default=DEFAULTS.safety_top_frac,
+    show_default=True,
+    help="q of set-difference: this top of safety is protected ...",
+)
+@click.option(
+    "--utility-top",
+    "utility_top_frac",
+    type=float,
+    default=DEFAULTS.utility_top_frac,
+    show_default=True,
+    help="... without this top of utility, p.",
+)
+@click.option(
+    "--safety-heads",
+    type=int,
+    default=DEFAULTS.safety_heads,
+    show_default=True,
+    help="Attention heads to protect, those that refusals hang on most.",
+)
+@click.option(
+    "--safety-loss",
+    type=click.Choice(["nll", "contrastive"]),
+    default=DEFAULTS.safety_loss,
+    show_default=True,
+    help="Loss of the harmful prompts; contrastive needs --base.",
+)
+@click.option("--base", help="Folder or hub name of the base, or `ablate`; for --safety-loss contrastive.")
+@click.option(
+    "--response-tokens",
+    type=int,
+    default=DEFAULTS.response_tokens,
+    show_default=True,
+    help="Tokens of the model's own answers that gradients are taken on.",
+)
+@click.option("--allow-zeros", is_flag=True, help="Prune a model further that is sparse already.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=CalibrateConfig().samples,
+    show_default=True,
+    help="Calibration prompts.",
 )
 @calibration_data_option
 @seed_option
@@ -45,30 +129,74 @@ from holdfast.recipe import CalibrateConfig, PruneConfig
 def command(
     model: Path,
     out: Path,
-    method: str,
-    sparsity: float,
+    base: str | None,
+    samples: int,
     calibration_data: str,
     seed: int,
     overwrite: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Set the least important weights of the model folder MODEL to zero.
 
     The result is an ordinary model folder in fp32. Zeros make the artifact compress better; ONNX
-    Runtime on a CPU does not run unstructured zeros any faster.
+    Runtime on a CPU does not run unstructured zeros or N:M patterns any faster.
     """
+    config = _config(settings, base)
     require_extra("export", "`holdfast prune`")
     from holdfast.exporter.source import load_source, save_source
     from holdfast.prune.apply import prune_model
-    from holdfast.quantize.prompts import load_calibration
-    from holdfast.quantize.sequences import chat_prompts
+    from holdfast.quantize.prompts.draw import load_calibration
+    from holdfast.quantize.prompts.sequences import chat_prompts
 
-    config = PruneConfig(method=method, sparsity_frac=sparsity)  # type: ignore[arg-type]
     source = load_source(model)
-    prompts = load_calibration(calibration_data, CalibrateConfig().samples, seed)
+    prompts = load_calibration(calibration_data, samples, seed)
+    negative = None if base is None else _negative(source, base, prompts)
     with atomic_folder(out, overwrite=overwrite) as fresh:
-        report = prune_model(source, chat_prompts(source.tokenizer, [p.prompt for p in prompts]), config)
+        report = prune_model(
+            source,
+            chat_prompts(source.tokenizer, [prompt.prompt for prompt in prompts]),
+            config,
+            harmful=[prompt.kind == "harmful" for prompt in prompts],
+            negative=negative,
+        )
         save_source(source, fresh)
         write_json(fresh / "prune.json", dataclasses.asdict(report))
-    line = f"{out}: {method}, {report.reached_frac:.2%} of the weights in the decoder blocks are zero"
-    emit(dataclasses.asdict(report), [line], as_json=as_json)
+    line = (
+        f"{out}: {config.method}, {report.reached_frac:.2%} of the weights in the decoder blocks are zero"
+    )
+    protected = sum(entry.protected for entry in report.modules.values())
+    lines = [line, f"  {protected:,} weights were protected"] if protected else [line]
+    emit(dataclasses.asdict(report), lines, as_json=as_json)
+
+
+def _config(settings: dict[str, Any], base: str | None) -> PruneConfig:
+    """The flags as a recipe's `prune` section.
+
+    Raises:
+        UsageError: `--base` without a use for it, or the other way round. RecipeError: out of range.
+    """
+    if (settings["safety_loss"] == "contrastive") != (base is not None):
+        raise UsageError("--safety-loss contrastive and --base go together: give both, or neither.")
+    if settings["sparsity_frac"] is None:
+        settings["sparsity_frac"] = _pattern_sparsity(settings["pattern"])
+    return decode(settings, PruneConfig, what="command line")
+
+
+def _pattern_sparsity(pattern: str) -> float:
+    """What a pattern leaves out; the recipe's default where it is none."""
+    numbers = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if numbers is None or not 0 < int(numbers[1]) < int(numbers[2]):
+        return DEFAULTS.sparsity_frac
+    return 1.0 - int(numbers[1]) / int(numbers[2])
+
+
+def _negative(source: SourceModel, base: str, prompts: list[CalibrationPrompt]) -> Any:
+    """The unaligned transformers model: a checkpoint, or the model without its refusal direction."""
+    from holdfast.exporter.hub import resolve_source
+    from holdfast.exporter.source import load_base
+    from holdfast.quantize.learning.ablate import make_twin
+
+    if base == "ablate":
+        return make_twin(source, prompts).model
+    return load_base(resolve_source(base, None, role="base model"), source).model

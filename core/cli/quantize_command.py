@@ -76,8 +76,8 @@ def command(
     require_extra("export", "`holdfast quantize`")
     if flags["backend"] == "inc":
         require_extra("inc", "`--backend inc`")
-    from holdfast.quantize.artifact import quantize_bundle
-    from holdfast.quantize.finish import finish_artifact
+    from holdfast.quantize.artifact.finish import finish_artifact
+    from holdfast.quantize.artifact.write import quantize_bundle
 
     settings = quantization_settings(flags) | {
         "backend": flags["backend"],

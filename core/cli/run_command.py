@@ -14,6 +14,7 @@ from holdfast.recipe import (
     CALIBRATION_METHODS,
     KV_CACHES,
     LOSSES,
+    PRUNE_METHODS,
     RANGES,
     TARGETS,
     Recipe,
@@ -55,7 +56,7 @@ FLAGS: dict[str, str] = {
 @click.option("--revision", help="Commit, tag or branch of SOURCE on the hub.")
 @click.option("--base-revision", help="Commit, tag or branch of the base on the hub.")
 @click.option("--out", type=FOLDER, help="The bundle's folder.  [default: NAME-bundle, here]")
-@click.option("--prune-method", type=click.Choice(["none", "magnitude", "wanda"]), help="How to prune.")
+@click.option("--prune-method", type=click.Choice(PRUNE_METHODS), help="How to prune.")
 @click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
 @click.option("--method", type=click.Choice(CALIBRATION_METHODS), help="Calibration method.")
 @click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")

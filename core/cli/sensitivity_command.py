@@ -24,8 +24,8 @@ from holdfast.files import refuse_existing, to_json, write_text
 from holdfast.recipe import CalibrateConfig, QuantizeConfig, Recipe, anchored
 
 if TYPE_CHECKING:
-    from holdfast.quantize.allocation import Allocation
-    from holdfast.quantize.search import Trial
+    from holdfast.quantize.allocation.search import Trial
+    from holdfast.quantize.allocation.solve import Allocation
     from holdfast.study import Study
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -133,7 +133,7 @@ def command(
         if out is not None and out.suffix != ".json":
             write_text(out, _recipe_text(study, chosen))
     if plot is not None:
-        from holdfast.quantize.sensitivity_plot import plot_sensitivity
+        from holdfast.quantize.allocation.sensitivity_plot import plot_sensitivity
 
         plot_sensitivity(study.units, study.found, plot)
     if out is not None and out.suffix == ".json":
@@ -218,7 +218,7 @@ def _allocate(
     study: Study, auto: bool, flags: dict[str, Any], lines: list[str]
 ) -> tuple[Allocation, dict[str, Any]]:
     """The allocation to keep, and what is printed of it."""
-    from holdfast.quantize.units import stored_bits
+    from holdfast.quantize.allocation.units import stored_bits
     from holdfast.study import best_allocations, first_passing, unit_budget
 
     budget = unit_budget(study, total_bytes=flags["budget_bytes"], bits=flags["bits"])
@@ -259,7 +259,7 @@ def _trial_line(trial: Trial, bits: float) -> str:
 
 def _section(study: Study, chosen: Allocation) -> dict[str, Any]:
     """The quantize section of a recipe, without what has its default."""
-    from holdfast.quantize.search import with_allocation
+    from holdfast.quantize.allocation.search import with_allocation
 
     plain = encode(QuantizeConfig())
     section = encode(with_allocation(study.config, chosen, study.units))

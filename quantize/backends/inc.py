@@ -26,10 +26,10 @@ from holdfast.quantize.backends import inc_static, inc_worker
 from holdfast.quantize.backends.inc_blocks import codes_of, write_blocks
 from holdfast.quantize.backends.inc_check import check_operators, check_written, require_same_function
 from holdfast.quantize.backends.ort import join_codes
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.formats import Format, compute_level
 from holdfast.quantize.graph import Array
 from holdfast.quantize.record import ActivationRange
+from holdfast.quantize.weights.codes import WeightCodes
 from holdfast.recipe import QuantizeConfig
 
 Method = Literal["rtn", "gptq", "awq", "static", "smoothquant"]

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from holdfast.errors import QuantizationError
-from holdfast.quantize.codes import WeightCodes, pack
 from holdfast.quantize.formats import Format
+from holdfast.quantize.weights.codes import WeightCodes, pack
 
 Array = NDArray[Any]
 GRID_ATOL = 2e-2  # in steps; float32 rounding of a multiple of the scale is below 1e-4 of a step

@@ -10,11 +10,11 @@ from onnx import helper, numpy_helper
 
 from holdfast.errors import QuantizationError
 from holdfast.exporter.graph import GraphLinear
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.fakequant import activation_codes
 from holdfast.quantize.formats import Format
 from holdfast.quantize.graph import Array, Graph
 from holdfast.quantize.record import ActivationRange, activation_range
+from holdfast.quantize.weights.codes import WeightCodes
 
 
 def read_ranges(

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from holdfast.exporter.graph import GraphLinear
-from holdfast.quantize.codes import WeightCodes, pack
 from holdfast.quantize.decisions import Decisions
 from holdfast.quantize.fakequant import activation_codes, round_weight
 from holdfast.quantize.formats import Format, compute_level
 from holdfast.quantize.record import ActivationRange
+from holdfast.quantize.weights.codes import WeightCodes, pack
 from holdfast.recipe import QuantizeConfig
 
 MICROSOFT = "com.microsoft"

@@ -10,10 +10,10 @@ from msgspec import structs
 
 from holdfast.exporter.architectures import linear_modules
 from holdfast.job import Job
-from holdfast.quantize.allocation import Allocation, last_layers_allocation, random_allocation
+from holdfast.quantize.allocation.search import with_allocation
+from holdfast.quantize.allocation.solve import Allocation, last_layers_allocation, random_allocation
+from holdfast.quantize.allocation.units import Unit, quantizable_units, unit_bytes, unit_sizes
 from holdfast.quantize.formats import formats
-from holdfast.quantize.search import with_allocation
-from holdfast.quantize.units import Unit, quantizable_units, unit_bytes, unit_sizes
 from holdfast.study import best_allocations, study_sensitivity
 from reference.results.process import Stages
 from reference.results.rows import Row

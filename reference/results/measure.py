@@ -14,7 +14,7 @@ from holdfast.alignment import answer_suites, save_answers
 from holdfast.exporter.export import export_model, graph_bytes
 from holdfast.exporter.source import load_source
 from holdfast.job import Job, prepare
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.quantize.record import CALIBRATION_FILE, read_record
 from holdfast.runtime.session import OnnxLanguageModel
 from reference.results.allocated import allocate_row

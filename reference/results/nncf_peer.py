@@ -29,8 +29,8 @@ from holdfast.errors import HoldfastError, MissingExtraError, QuantizationError
 from holdfast.evals.judge import Label, label_answer
 from holdfast.exporter.export import GRAPH, read_export
 from holdfast.job import Job
-from holdfast.quantize.prompts import CalibrationPrompt, hold_out
-from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.prompts.draw import CalibrationPrompt, hold_out
+from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.runtime.session import OnnxLanguageModel
 from reference.results.process import Stages
 from reference.results.setup import Setup

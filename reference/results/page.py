@@ -35,14 +35,15 @@ How to read it:
   flips. "level" means that chance explains the difference. Bytes are named where they differ by over 1 %.
 - **KL** is the mean over answer positions of KL(fp32 graph || artifact), whole vocabulary; **perplexity**
   is the artifact's on the fp32 graph's own greedy answers, to {passages} evaluation prompts of each suite.
-- **Seconds** and **peak memory** are of calibration and quantization together, on this machine, one row at
-  a time; the peak is the largest resident process. The export, the same for all, is left out.
+- **Seconds** and **peak memory** are of calibration and quantization together; the peak is the largest
+  resident process. The export, the same for all, is left out. Seconds compare the rows of one pair with
+  each other and say nothing else: both pairs may have been measured side by side.
 - RTN, HQQ, ONNX Runtime's calibrators, INC and NNCF have no seed. SmoothQuant, KL only and ours have the
   median over {seeds} seeds and [lowest, highest] in the hardest schemes of the reference pair; flips of one
   side, and comparisons, are those of the seed with the median number of flips.
 - "min-max", "percentile", "entropy" and "mse" are ONNX Runtime's calibrators; "SmoothQuant" folds channel
   scales and takes min-max ranges; "KL only" is ours without the push, "the paper's loss" that of arXiv
-  2511.07842 with its alpha of 0.75 (and 0, on held-out prompts, like every learned row).
+  2511.07842 with its alpha of 0.75, as it is: nothing is chosen there.
 """
 
 PAIR_SECTION = """## The {name} pair

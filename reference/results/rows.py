@@ -96,23 +96,27 @@ def learned(quantize: dict[str, Any], names: Sequence[str] = tuple(LEARNED)) -> 
     return tuple(Row(name, quantize, LEARNED[name]) for name in names)
 
 
-def calibrated(scheme: str, names: Sequence[str]) -> tuple[Row, ...]:
+def calibrated(quantize: dict[str, Any], names: Sequence[str]) -> tuple[Row, ...]:
     """ONNX Runtime's calibrators: static ranges from the activations seen, weights rounded to nearest."""
     return tuple(
-        Row(name, {"scheme": scheme, "ranges": name.replace("-", "")}, {"method": "rtn"}) for name in names
+        Row(name, quantize | {"ranges": name.replace("-", "")}, {"method": "rtn"}) for name in names
     )
 
 
-def smoothquant(scheme: str) -> Row:
+def smoothquant(quantize: dict[str, Any]) -> Row:
     """Folded channel scales, min-max ranges: one strength for all layers."""
-    return Row(SMOOTHQUANT, {"scheme": scheme}, {"method": "smoothquant"})
+    return Row(SMOOTHQUANT, quantize, {"method": "smoothquant"})
 
 
 def static(
-    scheme: str, calibrators: Sequence[str] = (MINMAX,), names: Sequence[str] = tuple(LEARNED)
+    scheme: str,
+    calibrators: Sequence[str] = (MINMAX,),
+    names: Sequence[str] = tuple(LEARNED),
+    mixed: dict[str, str] | None = None,
 ) -> tuple[Row, ...]:
     """The rows that every static scheme has."""
-    return (*calibrated(scheme, calibrators), smoothquant(scheme), *learned({"scheme": scheme}, names))
+    quantize: dict[str, Any] = {"scheme": scheme} | ({"mixed": mixed} if mixed else {})
+    return (*calibrated(quantize, calibrators), smoothquant(quantize), *learned(quantize, names))
 
 
 def weight_only(quantize: dict[str, Any], names: Sequence[str] = tuple(LEARNED)) -> tuple[Row, ...]:
@@ -169,6 +173,13 @@ GROUPS: tuple[Group, ...] = (
     ),
     Group("w8a4", "W8A4 static", "line", static("w8a4", CALIBRATORS)),
     Group("w8a3", "W8A3 static", "line", static("w8a3"), repeated=True),
+    Group(
+        "w8a3-down-a2",
+        "W8A3 static, 2 bits into the MLPs' second linear",
+        "line",
+        static("w8a3", names=BRIEF, mixed={"*.down_proj": "w8a2"}),
+        repeated=True,
+    ),
     Group("w8a2", "W8A2 static", "line", static("w8a2", names=BRIEF), repeated=True),
     Group(
         "w4a8",

@@ -8,10 +8,10 @@ from holdfast.exporter.architectures import ROWS, linear_modules
 from holdfast.exporter.export import export_model
 from holdfast.exporter.source import load_source
 from holdfast.prune.apply import prune_model
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.quantize.calibrate import calibrate
-from holdfast.quantize.prompts import load_calibration
-from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.prompts.draw import load_calibration
+from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
 from holdfast.recipe import PruneConfig, QuantizeConfig
 from tests.exporter.coverage import PLAIN, VARIANTS

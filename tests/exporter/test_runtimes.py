@@ -18,7 +18,7 @@ from holdfast.exporter.genai import write_genai_config
 from holdfast.exporter.kernels import require_kernels
 from holdfast.exporter.operators import TARGETS, require_operators
 from holdfast.exporter.ort_format import ORT_FILE, write_ort_format
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.recipe import ExportConfig, QuantizeConfig
 from holdfast.runtime.graph import DecoderGraph
 from tests.exporter import runtimes

@@ -7,8 +7,8 @@ import pytest
 from holdfast.exporter.export import export_model
 from holdfast.exporter.source import SourceModel, load_source
 from holdfast.quantize.calibrate import Calibration, calibrate
-from holdfast.quantize.prompts import CalibrationPrompt, load_calibration
-from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.prompts.draw import CalibrationPrompt, load_calibration
+from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.recipe import CalibrateConfig, ExportConfig, QuantizeConfig
 from tests.tiny import tiny_llama
 

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from holdfast.quantize.codes import WeightCodes, pack
+from holdfast.quantize.weights.codes import WeightCodes, pack
 
 
 def run_matmul_nbits(values: Tensor, weight: WeightCodes, accuracy_level: int) -> Tensor:

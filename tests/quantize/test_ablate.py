@@ -8,9 +8,9 @@ import torch
 
 from holdfast.errors import CalibrationError
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize import ablate
-from holdfast.quantize.prompts import CalibrationPrompt
-from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.learning import ablate
+from holdfast.quantize.prompts.draw import CalibrationPrompt
+from holdfast.quantize.prompts.sequences import chat_prompts
 
 Prompts = list[CalibrationPrompt]
 

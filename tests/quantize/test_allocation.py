@@ -6,14 +6,14 @@ import random
 import pytest
 
 from holdfast.errors import QuantizationError
-from holdfast.quantize.allocation import (
+from holdfast.quantize.allocation.solve import (
     Allocation,
     allocate,
     last_layers_allocation,
     priced,
     random_allocation,
 )
-from holdfast.quantize.units import Unit
+from holdfast.quantize.allocation.units import Unit
 
 Table = dict[tuple[str, str], float]
 Sizes = dict[tuple[str, str], int]

@@ -14,13 +14,13 @@ from holdfast.errors import CalibrationError, ParityError, QuantizationError
 from holdfast.exporter.export import export_model, read_export
 from holdfast.exporter.parity import compare_logits
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.artifact import QuantizeReport, quantize_bundle, ranges_of
+from holdfast.quantize.artifact.finish import finish_artifact
+from holdfast.quantize.artifact.read_back import read_back
+from holdfast.quantize.artifact.write import QuantizeReport, quantize_bundle, ranges_of
 from holdfast.quantize.decisions import Decisions
 from holdfast.quantize.fakequant import round_weight
-from holdfast.quantize.finish import finish_artifact
 from holdfast.quantize.formats import formats, parse_scheme
 from holdfast.quantize.graph import Graph, read_blocks, read_static
-from holdfast.quantize.read_back import read_back
 from holdfast.quantize.record import CALIBRATION_FILE, read_record
 from holdfast.quantize.simulate import check_simulation, graph_logits, simulate, torch_logits
 from holdfast.recipe import ExportConfig, QuantizeConfig

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import CalibrationError, QuantizationError
-from holdfast.quantize.awq import output_error, scales_at, search_clip, search_scales
 from holdfast.quantize.formats import Format
-from holdfast.quantize.rtn import rtn
+from holdfast.quantize.weights.awq import output_error, scales_at, search_clip, search_scales
+from holdfast.quantize.weights.rtn import rtn
 
 FORMS = {
     "w4": Format(4, None, 32),

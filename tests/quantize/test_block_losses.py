@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from holdfast.quantize.block_losses import Probe, alignment_loss, block_error, fit_probe
+from holdfast.quantize.learning.block_losses import Probe, alignment_loss, block_error, fit_probe
 
 
 def test_the_error_by_hand() -> None:

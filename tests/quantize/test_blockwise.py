@@ -13,18 +13,16 @@ from safetensors.torch import load_file, save_file
 from holdfast.errors import CalibrationError
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.source import SourceModel, load_source
-from holdfast.quantize.block_learning import last_prompt_column, make_lesson, token_weights
-from holdfast.quantize.blockwise import calibrate_folder, warm_start
-from holdfast.quantize.codes import load_codes, save_codes
 from holdfast.quantize.fakequant import fake_quantize_activation
 from holdfast.quantize.formats import formats
-from holdfast.quantize.learnable import Learnables
-from holdfast.quantize.learning import starting_point
-from holdfast.quantize.plan import input_groups
-from holdfast.quantize.prompts import CalibrationPrompt
-from holdfast.quantize.ranges import collect_statistics
+from holdfast.quantize.learning.block_learning import last_prompt_column, make_lesson, token_weights
+from holdfast.quantize.learning.blockwise import calibrate_folder, warm_start
+from holdfast.quantize.learning.learnable import Learnables
+from holdfast.quantize.learning.start import watched_inputs
+from holdfast.quantize.prompts.draw import CalibrationPrompt
+from holdfast.quantize.prompts.sequences import Batch, chat_prompts, make_batch
 from holdfast.quantize.record import CalibrationRecord, read_record
-from holdfast.quantize.sequences import Batch, chat_prompts, make_batch
+from holdfast.quantize.weights.codes import load_codes, save_codes
 from holdfast.recipe import CalibrateConfig, QuantizeConfig
 from tests.tiny import LINES, tiny_llama, tiny_model
 
@@ -38,7 +36,7 @@ CONFIG = CalibrateConfig(
     clip_lr=2e-2,
     scale_lr=2e-2,
     start="minmax",
-    smooth_frac=0.0,
+    smooth_fracs=(0.0,),
 )
 PROMPTS = [
     CalibrationPrompt(prompt=line, kind="harmful" if index % 2 else "neutral")
@@ -65,12 +63,10 @@ def sequences(source: SourceModel) -> Batch:
 def attach(source: SourceModel, config: CalibrateConfig, quantize: QuantizeConfig) -> Learnables:
     """Quantizers for a copy of the model."""
     model = copy.deepcopy(source.model)
-    groups, chosen = input_groups(model), formats(list(linear_modules(model)), quantize)
-    seen = collect_statistics(model, groups, [sequences(source)])
-    starts = {
-        group.name: starting_point(model, group, seen[group.name], chosen, config) for group in groups
-    }
-    return Learnables(model, groups, starts, chosen, rounding=config.learn_rounding)
+    chosen = formats(list(linear_modules(model)), quantize)
+    inputs = watched_inputs(model, sequences(source), config.batch_size)
+    starts = inputs.starts(chosen, config, config.smooth_fracs[0])
+    return Learnables(model, inputs.groups, starts, chosen, rounding=config.learn_rounding)
 
 
 @torch.no_grad()
@@ -189,7 +185,7 @@ def test_a_folder_is_calibrated_on_disk(
 
 
 def shared() -> dict[str, Any]:
-    names = ("batch_size", "response_tokens", "start", "smooth_frac")
+    names = ("batch_size", "response_tokens", "start", "smooth_fracs")
     return {name: getattr(CONFIG, name) for name in names}
 
 
@@ -249,7 +245,7 @@ import sys
 from pathlib import Path
 import torch
 from holdfast.exporter.source import load_source
-from holdfast.quantize.blockwise import calibrate_folder
+from holdfast.quantize.learning.blockwise import calibrate_folder
 from tests.quantize.test_blockwise import PROMPTS, W8A4
 from holdfast.recipe import CalibrateConfig
 

@@ -10,11 +10,11 @@ from holdfast.errors import CalibrationError, VocabularyMismatchError
 from holdfast.exporter.architectures import block_linear_modules
 from holdfast.exporter.source import SourceModel, load_source
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
-from holdfast.quantize.contrastive import candidate_alphas
-from holdfast.quantize.held_out import count_flips
-from holdfast.quantize.prompts import CalibrationPrompt
+from holdfast.quantize.learning.candidates import best, candidate_alphas
+from holdfast.quantize.learning.held_out import count_flips
+from holdfast.quantize.prompts.draw import CalibrationPrompt
+from holdfast.quantize.prompts.sequences import make_batch, response_weights, with_stop
 from holdfast.quantize.record import read_record
-from holdfast.quantize.sequences import make_batch, response_weights, with_stop
 from holdfast.quantize.simulate import torch_logits
 from holdfast.recipe import CalibrateConfig, QuantizeConfig
 from tests.quantize.conftest import SHORT, Case
@@ -61,10 +61,12 @@ def test_the_source_is_left_alone(aligned: SourceModel, negative: SourceModel, p
 def test_alpha_zero_and_the_start_are_always_candidates(cases: dict[str, Case]) -> None:
     record = cases["w8a8"].calibration.record
     assert [(c.alpha, c.steps) for c in record.candidates] == [(0.0, 3), (0.3, 3), (0.0, 0)]
-    chosen = min(record.candidates, key=lambda candidate: (candidate.flips, candidate.divergence))
+    chosen = record.candidates[best(record.candidates)]
     assert (record.chosen_alpha, record.chosen_steps) == (chosen.alpha, chosen.steps)
-    assert candidate_alphas(CalibrateConfig(loss="kl", alphas=(0.5,))) == [0.0]
-    assert total_steps(SHORT, cases["w8a8"].source) == 6
+    assert candidate_alphas(CalibrateConfig(loss="kl", alphas=(0.5,))) == (0.0,)
+    assert candidate_alphas(CalibrateConfig(loss="apc", alphas=(0.75,))) == (0.75,)
+    assert total_steps(SHORT, cases["w8a8"].source) == 5  # 3, and 2 after the first of them
+    assert record.smooth_frac in SHORT.smooth_fracs
 
 
 def test_inputs_that_are_one_tensor_share_a_range(cases: dict[str, Case]) -> None:
@@ -97,6 +99,28 @@ def test_zero_weights_stay_zero(
         assert int((linear.weight == 0.0).sum()) == int(masks[path].sum())
 
 
+@pytest.mark.parametrize("scheme", ["w4", "w2", "w2a8"])
+def test_learned_rounding_starts_where_gptq_rounds(
+    scheme: str, negative: SourceModel, prompts: Prompts, tmp_path: Path
+) -> None:
+    """Nearer to the aligned model than the nearest codes; zeros and a tied head stay as they are."""
+    pruned = load_source(tiny_llama(tmp_path / "pruned", seed=0))
+    for linear in block_linear_modules(pruned.model).values():
+        linear.weight[linear.weight.abs() < 0.05] = 0.0
+    before = {path: linear.weight == 0.0 for path, linear in block_linear_modules(pruned.model).items()}
+    away = {}
+    for start in ("gptq", "nearest"):
+        made = run(pruned, negative, prompts, scheme=scheme, steps=0, rounding_start=start)
+        away[start] = made.record.candidates[0].divergence
+        after = {path: linear.weight for path, linear in block_linear_modules(made.source.model).items()}
+        assert all(torch.equal(after[path] == 0.0, zeros) for path, zeros in before.items())
+        assert all(
+            bool((made.codes[path].dequantized()[zeros] == 0.0).all()) for path, zeros in before.items()
+        )
+        assert torch.equal(made.source.model.lm_head.weight, pruned.model.lm_head.weight)
+    assert away["gptq"] < away["nearest"]
+
+
 def outlier_model(folder: Path) -> SourceModel:
     """A model whose down_proj inputs have one channel 200 times larger than it needs to be.
 
@@ -117,7 +141,7 @@ def test_calibration_beats_minmax_on_outliers(
 ) -> None:
     source = outlier_model(tmp_path / "outlier")
     minmax = run(
-        source, negative, prompts, scheme=f"w8a{bits}", steps=0, smooth_frac=0.0, start="minmax"
+        source, negative, prompts, scheme=f"w8a{bits}", steps=0, smooth_fracs=(0.0,), start="minmax"
     ).record.candidates[0]
     learned = run(source, negative, prompts, scheme=f"w8a{bits}", steps=6)
     chosen = next(c for c in learned.record.candidates if c.steps == learned.record.chosen_steps)

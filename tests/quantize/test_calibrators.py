@@ -18,9 +18,8 @@ from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.export import export_model, read_export
 from holdfast.exporter.graph import GraphLinear
 from holdfast.exporter.source import load_source
-from holdfast.quantize.calibrators import Method, calibrated_ranges, equal_lengths, passes
-from holdfast.quantize.fakequant import activation_parameters, fake_quantize_activation
-from holdfast.quantize.thresholds import (
+from holdfast.quantize.activations.calibrators import Method, calibrated_ranges, equal_lengths, passes
+from holdfast.quantize.activations.thresholds import (
     Histogram,
     entropy_ends,
     mse_ends,
@@ -28,6 +27,7 @@ from holdfast.quantize.thresholds import (
     quantization_errors,
     window_divergence,
 )
+from holdfast.quantize.fakequant import activation_parameters, fake_quantize_activation
 from holdfast.recipe import ExportConfig
 from tests.tiny import tiny_llama
 

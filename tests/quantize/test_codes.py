@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast.errors import CalibrationError, QuantizationError
-from holdfast.quantize.codes import (
+from holdfast.quantize.fakequant import fake_quantize_rows_int8
+from holdfast.quantize.weights.codes import (
     CODES_FILE,
     LAYOUT,
     WeightCodes,
@@ -18,7 +19,6 @@ from holdfast.quantize.codes import (
     save_codes,
     unpack,
 )
-from holdfast.quantize.fakequant import fake_quantize_rows_int8
 from tests.quantize.nbits import run_matmul_nbits
 
 KINDS = ("symmetric", "asymmetric", "float")

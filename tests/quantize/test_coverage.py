@@ -4,8 +4,8 @@ import pytest
 
 from holdfast.errors import SuiteError
 from holdfast.evals.suites import Suite, SuiteItem, load_builtin, make_suite
-from holdfast.quantize.coverage import coverage, describe, missing, refuse_gaps
-from holdfast.quantize.prompts import CalibrationPrompt, load_calibration
+from holdfast.quantize.prompts.coverage import coverage, describe, missing, refuse_gaps
+from holdfast.quantize.prompts.draw import CalibrationPrompt, load_calibration
 
 PROMPTS = [
     CalibrationPrompt(prompt="a", kind="harmful", category="fraud"),

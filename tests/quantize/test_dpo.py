@@ -2,24 +2,29 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from holdfast.errors import CalibrationError
+from holdfast.errors import CalibrationError, SuiteError
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.contrastive import references_of, sequences
-from holdfast.quantize.dpo import (
+from holdfast.quantize.learning.contrastive import references_of, sequences
+from holdfast.quantize.learning.dpo import (
     NO_PAIR,
     Pairs,
+    WrittenPair,
     answer_labels,
     dpo_loss,
     make_pairs,
     preference_loss,
+    read_pairs,
     sequence_logp,
+    written_pairs,
 )
-from holdfast.quantize.losses import References
-from holdfast.quantize.prompts import CalibrationPrompt
+from holdfast.quantize.learning.losses import References
+from holdfast.quantize.prompts.draw import CalibrationPrompt
 from tests.quantize.conftest import SHORT
 
 Prompts = list[CalibrationPrompt]
@@ -104,3 +109,53 @@ def test_equal_models_are_refused(aligned: SourceModel, prompts: Prompts) -> Non
     same = replace(aligned)
     with pytest.raises(CalibrationError, match="answer differently"):
         make_pairs(aligned.model, same.model, aligned.tokenizer, prompts, batch, answers, SHORT)
+
+
+# --- pairs of a file --------------------------------------------------------------------------
+
+WRITTEN = [
+    WrittenPair(prompt="Q one", chosen="no", rejected="yes sure"),
+    WrittenPair(prompt="Q two", chosen="never ever", rejected="ok"),
+]
+
+
+@torch.no_grad()
+def test_pairs_of_a_file_come_after_the_prompts(aligned: SourceModel, prompts: Prompts) -> None:
+    _, answers = sequences(aligned, prompts, SHORT)
+    tokenizer = aligned.tokenizer
+    pairs = written_pairs(aligned.model, tokenizer, prompts, answers, WRITTEN, SHORT)
+    n = len(prompts)
+    assert pairs.place.tolist() == [NO_PAIR] * n + [0, 1]
+    for row, text in ((n, "no"), (n + 1, "never ever")):
+        used = pairs.chosen.batch.weights[row] > 0
+        assert pairs.chosen.labels[row][used].tolist() == [*tokenizer.encode(text), tokenizer.eos_ids[0]]
+    references = references_of(aligned, aligned.model, pairs.chosen.batch, SHORT)
+    for rows, loss in ((torch.tensor([n, n + 1]), math.log(2.0)), (torch.tensor([0, 1]), 0.0)):
+        found = preference_loss(aligned.model, references, pairs, rows, beta=0.7)
+        assert float(found) == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_file_of_pairs_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(f"{msgspec.json.encode(pair).decode()}\n\n" for pair in WRITTEN), encoding="utf-8"
+    )
+    assert read_pairs(path) == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found an empty file"),
+        ('{"prompt": "a", "chosen": "b"}', "line 1: expected an object with `prompt`, `chosen`"),
+        ('{"prompt": "a", "chosen": "b", "rejected": " "}', "found an empty one"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "a pair has to differ"),
+    ],
+)
+def test_a_file_that_holds_no_pairs_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SuiteError, match=message):
+        read_pairs(path)
+    with pytest.raises(SuiteError, match="not readable"):
+        read_pairs(tmp_path / "nowhere.jsonl")

@@ -19,8 +19,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from holdfast.errors import QuantizationError
 from holdfast.exporter.export import export_model, read_export
 from holdfast.exporter.source import load_source
-from holdfast.quantize.codes import WeightCodes, pack
-from holdfast.quantize.embedding import (
+from holdfast.quantize.artifact.embedding import (
     EmbeddingReport,
     embedding_codes,
     fake_quantize_embedding,
@@ -29,6 +28,7 @@ from holdfast.quantize.embedding import (
 )
 from holdfast.quantize.graph import Graph
 from holdfast.quantize.simulate import graph_logits, torch_logits
+from holdfast.quantize.weights.codes import WeightCodes, pack
 from holdfast.recipe import ExportConfig
 from tests.tiny import tiny_llama, tiny_model
 
@@ -277,7 +277,7 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 def test_large_vocabularies_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.from_numpy(table(50))
     whole = embedding_codes(weight, 4, 16)
-    monkeypatch.setattr("holdfast.quantize.embedding.ROUNDED_VALUES", 7 * COLUMNS)
+    monkeypatch.setattr("holdfast.quantize.artifact.embedding.ROUNDED_VALUES", 7 * COLUMNS)
     parts = embedding_codes(weight, 4, 16)
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.scales, parts.scales)

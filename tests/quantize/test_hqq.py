@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import QuantizationError
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.formats import Format
-from holdfast.quantize.hqq import hqq
-from holdfast.quantize.rtn import rtn
+from holdfast.quantize.weights.codes import WeightCodes
+from holdfast.quantize.weights.hqq import hqq
+from holdfast.quantize.weights.rtn import rtn
 from tests.quantize.nbits import run_matmul_nbits
 
 

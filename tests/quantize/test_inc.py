@@ -21,10 +21,10 @@ from holdfast.quantize.backends.inc_blocks import codes_of, codes_on_grid, write
 from holdfast.quantize.backends.inc_check import check_operators, check_written, run
 from holdfast.quantize.backends.inc_samples import SampleLoader, even_length
 from holdfast.quantize.backends.ort import join_codes
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.formats import Format
 from holdfast.quantize.graph import Graph, histogram, read_blocks, read_static
 from holdfast.quantize.record import ActivationRange
+from holdfast.quantize.weights.codes import WeightCodes
 from holdfast.recipe import ExportConfig, QuantizeConfig
 from tests.tiny import tiny_llama
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.quantize.losses import contrastive_loss, kl_divergence, make_references
-from holdfast.quantize.losses import renormalised_logp as renormalised
+from holdfast.quantize.learning.losses import contrastive_loss, kl_divergence, make_references
+from holdfast.quantize.learning.losses import renormalised_logp as renormalised
 
 POSITIONS, VOCABULARY = 5, 40
 

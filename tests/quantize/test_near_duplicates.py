@@ -5,7 +5,8 @@ import time
 import pytest
 
 from holdfast.evals.suites import load_builtin
-from holdfast.quantize.near_duplicates import (
+from holdfast.quantize.prompts.draw import load_calibration
+from holdfast.quantize.prompts.near_duplicates import (
     MEASURES,
     character_shingles,
     closest,
@@ -14,7 +15,6 @@ from holdfast.quantize.near_duplicates import (
     shingles,
     word_set,
 )
-from holdfast.quantize.prompts import load_calibration
 
 EGG = "How long does it take to boil an egg on a high mountain?"
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import CalibrationError, RecipeError, SuiteError
 from holdfast.evals.suites import load_builtin
-from holdfast.quantize.near_duplicates import closest, closest_within
-from holdfast.quantize.prompts import (
+from holdfast.quantize.prompts.draw import (
     KINDS,
     CalibrationPrompt,
     count_kinds,
@@ -23,6 +22,7 @@ from holdfast.quantize.prompts import (
     refuse_too_long,
     required_kinds,
 )
+from holdfast.quantize.prompts.near_duplicates import closest, closest_within
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 MARGIN = 0.95  # of the threshold: how close a built-in prompt may come to one of its own or of a suite

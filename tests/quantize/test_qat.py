@@ -1,29 +1,32 @@
 """Quantization-aware training: what it gains, what it may not touch, and what the artifact holds."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from safetensors import safe_open
 from torch import Tensor
 
 from holdfast.errors import CalibrationError
 from holdfast.exporter.architectures import block_linear_modules, linear_modules
 from holdfast.exporter.source import SourceModel, load_source
-from holdfast.quantize.artifact import quantize_bundle
+from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
-from holdfast.quantize.contrastive import sequences, starting_points
 from holdfast.quantize.formats import formats
-from holdfast.quantize.prompts import CalibrationPrompt
-from holdfast.quantize.qat import (
+from holdfast.quantize.learning.candidates import clear_gradients
+from holdfast.quantize.learning.contrastive import sequences
+from holdfast.quantize.learning.qat import (
     TrainedLearnables,
-    clear_gradients,
     make_optimizer,
     require_finite_gradients,
     trained_paths,
 )
-from holdfast.quantize.sequences import chat_prompts
+from holdfast.quantize.learning.start import watched_inputs
+from holdfast.quantize.prompts.draw import CalibrationPrompt
+from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.quantize.simulate import check_simulation
 from holdfast.recipe import CalibrateConfig, QATConfig, QuantizeConfig
 from tests.quantize.conftest import Case
@@ -49,6 +52,7 @@ def settings(
         "alphas": (),
         "response_tokens": 4,
         "top_k": 50,
+        "rounding_start": "nearest",  # GPTQ's leaves five steps little to gain
     }
     return CalibrateConfig(method="qat", qat=trained, **(plain | changes))  # type: ignore[arg-type]
 
@@ -86,7 +90,7 @@ def trained(
     """Labels of tiny models' noise are noise: candidates are chosen by their divergence alone."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("holdfast.quantize.held_out.count_flips", lambda *_: (0, 0, 0))
+        patch.setattr("holdfast.quantize.learning.held_out.count_flips", lambda *_: (0, 0, 0))
         for name, (quantize, config) in CASES.items():
             made[name] = calibrate(aligned, negative.model, config, quantize, prompts=prompts, seed=0)
     return made
@@ -177,8 +181,9 @@ def attach(source: SourceModel, prompts: Prompts, scheme: str, rank: int) -> Tra
     model = copy.deepcopy(source.model)
     batch, _ = sequences(source, prompts[:4], config)
     chosen = formats(list(linear_modules(model)), QuantizeConfig(scheme=scheme))
-    groups, starts = starting_points(model, batch, config, chosen)
-    learned = TrainedLearnables(model, groups, starts, chosen, rounding=True)
+    inputs = watched_inputs(model, batch, config.batch_size)
+    starts = inputs.starts(chosen, config, 0.5)
+    learned = TrainedLearnables(model, inputs.groups, starts, chosen, rounding=True)
     learned.open(trained_paths(model, chosen), rank, seed=0)
     return learned
 
@@ -248,6 +253,22 @@ def test_training_that_diverges_names_a_linear(
 def test_block_losses_are_refused(aligned: SourceModel, negative: SourceModel, prompts: Prompts) -> None:
     with pytest.raises(CalibrationError, match="`loss: mse` is of each block's output"):
         calibrate(aligned, negative.model, settings(loss="mse"), QuantizeConfig(), prompts=prompts, seed=0)
+
+
+def test_pairs_of_a_file_are_learned(
+    aligned: SourceModel, negative: SourceModel, prompts: Prompts, tmp_path: Path
+) -> None:
+    """The loss falls from where the aligned model itself has log 2 on the one pair of ten sequences."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "What shall we do", "chosen": "abc", "rejected": "xyz"}', encoding="utf-8")
+    config = settings(objective="dpo", steps=4, lr=1e-3)
+    config = structs.replace(config, qat=structs.replace(config.qat, pairs=str(path)))
+    form = QuantizeConfig(scheme="w8")
+    record = calibrate(aligned, negative.model, config, form, prompts=prompts, seed=0).record
+    trained = record.candidates[0]
+    assert trained.losses[0] == pytest.approx(math.log(2.0) / 10, rel=0.2)
+    assert trained.losses[-1] < 0.97 * trained.losses[0]
+    assert record.chosen_steps == 4
 
 
 def test_every_step_is_counted(aligned: SourceModel, negative: SourceModel, prompts: Prompts) -> None:

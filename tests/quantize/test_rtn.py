@@ -10,9 +10,9 @@ from onnxruntime.quantization.quant_utils import compute_scale_zp, quantize_npar
 from torch import Tensor
 
 from holdfast.errors import QuantizationError
-from holdfast.quantize.codes import PackedWeight, WeightCodes, pack, unpack
 from holdfast.quantize.formats import Format
-from holdfast.quantize.rtn import rtn
+from holdfast.quantize.weights.codes import PackedWeight, WeightCodes, pack, unpack
+from holdfast.quantize.weights.rtn import rtn
 
 
 def weights(columns: int, *, half: bool) -> Tensor:

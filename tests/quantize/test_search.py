@@ -5,11 +5,7 @@ import pytest
 from holdfast.errors import QuantizationError
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.allocation import Allocation, allocate
-from holdfast.quantize.contrastive import make_exam
-from holdfast.quantize.formats import formats
-from holdfast.quantize.prompts import CalibrationPrompt
-from holdfast.quantize.search import (
+from holdfast.quantize.allocation.search import (
     Score,
     compare,
     measured,
@@ -18,7 +14,11 @@ from holdfast.quantize.search import (
     search_until_passing,
     with_allocation,
 )
-from holdfast.quantize.units import quantizable_units, unit_sizes
+from holdfast.quantize.allocation.solve import Allocation, allocate
+from holdfast.quantize.allocation.units import quantizable_units, unit_sizes
+from holdfast.quantize.formats import formats
+from holdfast.quantize.learning.contrastive import make_exam
+from holdfast.quantize.prompts.draw import CalibrationPrompt
 from holdfast.recipe import QuantizeConfig
 from tests.quantize.conftest import SHORT
 from tests.quantize.test_allocation import hand_worked

@@ -8,13 +8,8 @@ import torch
 
 from holdfast.errors import CalibrationError
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.brute_force import Measured, brute_force, rank_correlations
-from holdfast.quantize.contrastive import make_exam
-from holdfast.quantize.formats import parse_scheme
-from holdfast.quantize.held_out import HeldOut
-from holdfast.quantize.prompts import CalibrationPrompt
-from holdfast.quantize.record import ActivationRange
-from holdfast.quantize.sensitivity import (
+from holdfast.quantize.allocation.brute_force import Measured, brute_force, rank_correlations
+from holdfast.quantize.allocation.sensitivity import (
     Harm,
     Plan,
     Schemes,
@@ -27,7 +22,12 @@ from holdfast.quantize.sensitivity import (
     static_ranges,
     steps,
 )
-from holdfast.quantize.units import Unit, quantizable_units
+from holdfast.quantize.allocation.units import Unit, quantizable_units
+from holdfast.quantize.formats import parse_scheme
+from holdfast.quantize.learning.contrastive import make_exam
+from holdfast.quantize.learning.held_out import HeldOut
+from holdfast.quantize.prompts.draw import CalibrationPrompt
+from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig
 from tests.quantize.conftest import SHORT
 

@@ -10,9 +10,7 @@ from holdfast.errors import QuantizationError
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.export import export_model
 from holdfast.exporter.source import SourceModel, load_source
-from holdfast.quantize.artifact import quantize_bundle
-from holdfast.quantize.formats import formats, parse_scheme
-from holdfast.quantize.units import (
+from holdfast.quantize.allocation.units import (
     Unit,
     budget_from_bits,
     other_bytes,
@@ -21,6 +19,8 @@ from holdfast.quantize.units import (
     unit_bytes,
     unit_sizes,
 )
+from holdfast.quantize.artifact.write import quantize_bundle
+from holdfast.quantize.formats import formats, parse_scheme
 from holdfast.recipe import ExportConfig, QuantizeConfig
 from tests.tiny import tiny_llama, tiny_model
 

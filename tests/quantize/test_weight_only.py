@@ -11,14 +11,14 @@ from holdfast.errors import QuantizationError
 from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.source import SourceModel, load_source
 from holdfast.exporter.streamed import StreamedModel
-from holdfast.quantize.codes import WeightCodes
 from holdfast.quantize.formats import Format, formats
-from holdfast.quantize.gptq import gptq
-from holdfast.quantize.hqq import hqq
-from holdfast.quantize.rtn import rtn
-from holdfast.quantize.sequences import Batch
+from holdfast.quantize.prompts.sequences import Batch
 from holdfast.quantize.walk import WholeModel, padded_batch
-from holdfast.quantize.weight_only import awq_codes, gptq_codes, rounded_codes
+from holdfast.quantize.weights.codes import WeightCodes
+from holdfast.quantize.weights.gptq import gptq
+from holdfast.quantize.weights.hqq import hqq
+from holdfast.quantize.weights.rtn import rtn
+from holdfast.quantize.weights.weight_only import awq_codes, gptq_codes, rounded_codes
 from holdfast.recipe import QuantizeConfig
 from tests.tiny import tiny_model
 

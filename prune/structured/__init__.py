@@ -1,0 +1,1 @@
+"""Structured pruning: attention heads, FFN channels and decoder blocks removed for real."""

@@ -1,1 +1,0 @@
-"""Calibration prompts written for this project; see `holdfast.quantize.prompts`."""

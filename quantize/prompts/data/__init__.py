@@ -1,0 +1,1 @@
+"""Calibration prompts written for this project; see `holdfast.quantize.prompts.draw`."""

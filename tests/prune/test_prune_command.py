@@ -1,0 +1,72 @@
+"""`holdfast prune`: every option reaches the model, and contradictions are refused before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.cli import run_cli
+from holdfast.exporter.architectures import block_linear_modules
+from holdfast.exporter.source import load_source
+from tests.tiny import tiny_model
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    folders = [
+        tiny_model(root / str(seed), "LlamaForCausalLM", seed=seed, max_position_embeddings=512)
+        for seed in (0, 1)
+    ]
+    return str(folders[0]), str(folders[1])
+
+
+def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
+    few = ["--samples", "12", "--response-tokens", "2"]
+    assert run_cli(["prune", model, "--out", str(out), *few, *options, "--json"]) == 0
+    record: dict[str, Any] = json.loads((out / "prune.json").read_text())
+    return record
+
+
+def test_options_reach_the_model(models: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
+    options = "--method set-difference --pattern 2:4 --rest sparsegpt --safety-heads 1 --safety-top 0.3"
+    contrast = ["--safety-loss", "contrastive", "--base", models[1]]
+    record = prune(models[0], tmp_path / "a", *options.split(), *contrast)
+    assert (record["method"], record["pattern"], record["reached_frac"]) == ("set-difference", "2:4", 0.5)
+    assert (record["safety_rows"], record["utility_rows"]) == (4, 8)
+    assert len(record["safety_heads"]) == 1
+    assert json.loads(capsys.readouterr().out) == record
+    for name, module in block_linear_modules(load_source(tmp_path / "a").model).items():
+        assert int((module.weight == 0).sum()) == record["modules"][name]["zeros"]
+
+
+def test_the_sparsity_follows_the_pattern(models: tuple[str, str], tmp_path: Path) -> None:
+    record = prune(models[0], tmp_path / "a", "--method", "magnitude", "--pattern", "1:4")
+    assert record["asked_frac"] == record["reached_frac"] == 0.75
+
+
+def test_pruning_further(models: tuple[str, str], tmp_path: Path) -> None:
+    prune(models[0], tmp_path / "a", "--method", "magnitude", "--sparsity", "0.25")
+    again = prune(str(tmp_path / "a"), tmp_path / "b", "--method", "magnitude", "--allow-zeros")
+    assert again["reached_frac"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--sparsity", "1"], "Expected `float` < 1.0 - at `sparsity_frac`"),
+        (["--pattern", "two"], "at `pattern`"),
+        (["--lambda", "-1"], "Expected `float` >= 0.0 - at `safety_weight`"),
+        (["--base", "x"], "--safety-loss contrastive and --base go together: give both, or neither."),
+        (["--safety-loss", "contrastive"], "--safety-loss contrastive and --base go together"),
+    ],
+)
+def test_what_is_refused(
+    models: tuple[str, str], tmp_path: Path, capsys: Capture, options: list[str], sentence: str
+) -> None:
+    assert run_cli(["prune", models[0], "--out", str(tmp_path / "a"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
