@@ -85,6 +85,9 @@ def _copy_answers(fresh: Path, runner: StepRunner) -> None:
 def title(recipe: Recipe) -> str:
     """What was compressed, and how, in a few words."""
     parts = [Path(recipe.model).name]
+    if recipe.prune.structured is not None:
+        gone = recipe.prune.structured
+        parts.append(f"{gone.sparsity_frac:.0%} of {' and '.join(gone.kinds)} removed")
     if recipe.prune.method != "none":
         parts.append(f"{recipe.prune.method} {recipe.prune.sparsity_frac:.0%}")
     parts.append(recipe.quantize.scheme + (" mixed" if recipe.quantize.mixed else ""))

@@ -26,6 +26,9 @@ from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.job import Job, prepare
 from holdfast.progress import bar, say
 from holdfast.prune.apply import prune_model
+from holdfast.prune.report import prune_record
+from holdfast.prune.structured.prune import prune_structures
+from holdfast.prune.structured.remove import StructuredReport
 from holdfast.quantize.artifact.finish import finish_artifact
 from holdfast.quantize.artifact.possible import INC_METHODS
 from holdfast.quantize.artifact.write import QuantizeReport, quantize_bundle, ranges_of
@@ -143,11 +146,18 @@ def _prune(job: Job, runner: StepRunner) -> None:
         ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in job.prompts])
         harmful = [prompt.kind == "harmful" for prompt in job.prompts]
         negative = job.negative if config.safety_loss == "contrastive" else None
+        removed: StructuredReport | None = None
+        if config.structured is not None:
+            say(f"      removing {' and '.join(config.structured.kinds)}")
+            source, removed = prune_structures(
+                source, ids, config.structured, harmful=harmful, response_tokens=config.response_tokens
+            )
         with bar("pruning", len(block_paths(source.model)), unit="block") as on_done:
             report = prune_model(source, ids, config, harmful=harmful, negative=negative, on_done=on_done)
         save_source(source, folder / "model")
-        write_json(folder / "prune.json", dataclasses.asdict(report))
-        return {"method": report.method, "sparsity_frac": report.reached_frac}
+        write_json(folder / "prune.json", prune_record(report, removed))
+        gone = 0.0 if removed is None else removed.reached_frac
+        return {"method": report.method, "sparsity_frac": report.reached_frac, "removed_frac": gone}
 
     runner.run("prune", encode(config), [*job.model_keys, job.prompts_key], work)
 

@@ -44,6 +44,27 @@ PruneMethod = Literal["none", "magnitude", "wanda", "sparsegpt", "snip", "combin
 PRUNE_METHODS: tuple[str, ...] = get_args(PruneMethod)
 
 
+StructureKind = Literal["heads", "channels", "blocks"]
+STRUCTURE_KINDS: tuple[str, ...] = get_args(StructureKind)
+
+
+class StructuredConfig(Config, frozen=True):
+    """Structures that are removed for real: the model is an ordinary, smaller one afterwards.
+
+    Attributes:
+        kinds: what may go: attention `heads`, FFN `channels`, whole decoder `blocks`. Every block that
+            stays loses as many heads and channels as the others, each its own least important ones.
+        sparsity_frac: share of the decoder blocks' weights that goes, at most.
+        channel_multiple: what the number of FFN channels is a multiple of afterwards, where any go.
+        safety_weight: weight of what structures do for answers to harmful prompts, against utility.
+    """
+
+    kinds: Annotated[tuple[StructureKind, ...], Meta(min_length=1)] = ("heads", "channels")
+    sparsity_frac: OpenFraction = 0.25
+    channel_multiple: Positive = 32
+    safety_weight: Annotated[float, Meta(ge=0.0)] = 1.0
+
+
 class PruneConfig(Config, frozen=True):
     """Zeros in the linear layers inside the decoder blocks.
 
@@ -67,6 +88,7 @@ class PruneConfig(Config, frozen=True):
             divergence of the unaligned model from it.
         response_tokens: tokens of the model's own answers.
         allow_zeros: prune a model that is sparse already; its zeros count as pruned.
+        structured: structures to remove, before weights are set to zero.
     """
 
     method: PruneMethod = "none"
@@ -81,6 +103,7 @@ class PruneConfig(Config, frozen=True):
     safety_loss: Literal["nll", "contrastive"] = "nll"
     response_tokens: Positive = 16
     allow_zeros: bool = False
+    structured: StructuredConfig | None = None
 
 
 class Mixture(Config, frozen=True):

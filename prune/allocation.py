@@ -42,7 +42,7 @@ def first_order_cost(scores: Tensor, keep: Tensor) -> float:
     Arguments:
         scores: SNIP scores, float32 [out, in]. keep: bool [out, in].
     """
-    return float(scores.double().masked_fill(keep, 0.0).sum())
+    return float(scores.masked_fill(keep, 0.0).sum())
 
 
 def allocate(

@@ -184,6 +184,7 @@ def _prune(
             for name, module in inside.items():
                 _drop(module, choose(config, scores.pop(name), fracs[name], protected.get(name)))
         counts |= {name: _count(inside[name].weight, mask) for name, mask in protected.items()}
+        del protected  # or it stays in memory while the next block is scored
         advance(block, evidence.stream, index)
         if on_done is not None:
             on_done(1)

@@ -21,7 +21,7 @@ from holdfast.prune.heads import attention_output, attention_output_path, query_
 from holdfast.prune.masks import keep_highest, keep_pattern, parse_pattern, pruned_count
 from holdfast.prune.scores.combined import combined_scores, normalised
 from holdfast.prune.scores.magnitude import magnitude_scores
-from holdfast.prune.scores.set_difference import safety_critical
+from holdfast.prune.scores.set_difference import top
 from holdfast.prune.scores.ships import Head, head_channels
 from holdfast.prune.scores.snip import snip_scores
 from holdfast.prune.scores.wanda import wanda_scores
@@ -162,12 +162,13 @@ def _combined(
 def _critical(
     config: PruneConfig, model: nn.Module, linears: Linears, index: int, evidence: Evidence
 ) -> dict[str, Tensor]:
-    safety = _halved(snip_of(model, linears, index, evidence.safety))
+    safety = snip_of(model, linears, index, evidence.safety)
+    # masks before the second set of gradients, so that the scores of both are never in memory together
+    found = {path: top(safety.pop(path), config.safety_top_frac) for path in linears}
     utility = snip_of(model, linears, index, evidence.utility)
-    fracs = config.safety_top_frac, config.utility_top_frac
-    return {
-        path: safety_critical(safety.pop(path)[0].float(), utility.pop(path), *fracs) for path in linears
-    }
+    for path, mask in found.items():
+        mask &= ~top(utility.pop(path), config.utility_top_frac)
+    return found
 
 
 def _halved(scores: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:

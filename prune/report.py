@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
+from holdfast.prune.structured.remove import StructuredReport
 from holdfast.recipe import PruneConfig
 
 
@@ -98,3 +100,8 @@ def _sparsity(module: nn.Linear, protected: tuple[int, int]) -> Sparsity:
     weight = module.weight
     zeros = int((weight == 0).sum())
     return Sparsity(weight.numel(), zeros, zeros / weight.numel(), *protected)
+
+
+def prune_record(report: PruneReport, removed: StructuredReport | None) -> dict[str, Any]:
+    """prune.json: the zeros, and what was removed before them."""
+    return asdict(report) | {"structured": None if removed is None else asdict(removed)}

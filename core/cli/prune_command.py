@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,16 @@ from holdfast.config import decode
 from holdfast.errors import UsageError
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder, write_json
-from holdfast.recipe import PRUNE_METHODS, CalibrateConfig, PruneConfig
+from holdfast.recipe import PRUNE_METHODS, STRUCTURE_KINDS, CalibrateConfig, PruneConfig, StructuredConfig
 
 if TYPE_CHECKING:
     from holdfast.exporter.source import SourceModel
+    from holdfast.prune.report import PruneReport
+    from holdfast.prune.structured.remove import StructuredReport
     from holdfast.quantize.prompts.draw import CalibrationPrompt
 
 DEFAULTS = PruneConfig()
+STRUCTURED = StructuredConfig()
 
 
 @click.command("prune")
@@ -37,9 +39,8 @@ DEFAULTS = PruneConfig()
 @click.option(
     "--method",
     type=click.Choice([name for name in PRUNE_METHODS if name != "none"]),
-    default="wanda",
-    show_default=True,
-    help="How weights are scored; combined and set-difference know of alignment.",
+    help="How weights are scored; combined and set-difference know of alignment.  [default: wanda, or no "
+    "zeros at all with --remove]",
 )
 @click.option(
     "--sparsity",
@@ -114,6 +115,17 @@ DEFAULTS = PruneConfig()
     show_default=True,
     help="Tokens of the model's own answers that gradients are taken on.",
 )
+@click.option(
+    "--remove",
+    metavar="KINDS",
+    help=f"{', '.join(STRUCTURE_KINDS)}, or some of them with commas: structures that are removed for "
+    "real, so that graph, bytes and latency shrink.",
+)
+@click.option(
+    "--remove-frac",
+    type=float,
+    help=f"Share of the decoder blocks' weights to remove.  [default: {STRUCTURED.sparsity_frac}]",
+)
 @click.option("--allow-zeros", is_flag=True, help="Prune a model further that is sparse already.")
 @click.option(
     "--samples",
@@ -137,37 +149,52 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Set the least important weights of the model folder MODEL to zero.
+    """Set the least important weights of the model folder MODEL to zero, or remove structures.
 
     The result is an ordinary model folder in fp32. Zeros make the artifact compress better; ONNX
-    Runtime on a CPU does not run unstructured zeros or N:M patterns any faster.
+    Runtime on a CPU does not run unstructured zeros or N:M patterns any faster. Structures (--remove)
+    are gone for real.
     """
     config = _config(settings, base)
     require_extra("export", "`holdfast prune`")
     from holdfast.exporter.source import load_source, save_source
     from holdfast.prune.apply import prune_model
+    from holdfast.prune.report import prune_record
+    from holdfast.prune.structured.prune import prune_structures
     from holdfast.quantize.prompts.draw import load_calibration
     from holdfast.quantize.prompts.sequences import chat_prompts
 
     source = load_source(model)
     prompts = load_calibration(calibration_data, samples, seed)
     negative = None if base is None else _negative(source, base, prompts)
+    ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in prompts])
+    harmful = [prompt.kind == "harmful" for prompt in prompts]
     with atomic_folder(out, overwrite=overwrite) as fresh:
-        report = prune_model(
-            source,
-            chat_prompts(source.tokenizer, [prompt.prompt for prompt in prompts]),
-            config,
-            harmful=[prompt.kind == "harmful" for prompt in prompts],
-            negative=negative,
-        )
+        removed = None
+        if config.structured is not None:
+            source, removed = prune_structures(
+                source, ids, config.structured, harmful=harmful, response_tokens=config.response_tokens
+            )
+        report = prune_model(source, ids, config, harmful=harmful, negative=negative)
         save_source(source, fresh)
-        write_json(fresh / "prune.json", dataclasses.asdict(report))
-    line = (
-        f"{out}: {config.method}, {report.reached_frac:.2%} of the weights in the decoder blocks are zero"
-    )
+        record = prune_record(report, removed)
+        write_json(fresh / "prune.json", record)
+    emit(record, _lines(out, report, removed), as_json=as_json)
+
+
+def _lines(out: Path, report: PruneReport, removed: StructuredReport | None) -> list[str]:
+    """What was done, for a person."""
+    lines = []
+    if removed is not None:
+        lines.append(
+            f"{out}: {removed.reached_frac:.2%} of the decoder blocks' weights removed, "
+            f"{removed.before.parameters:,} parameters before, {removed.after.parameters:,} after"
+        )
+    if report.method != "none":
+        share = f"{report.reached_frac:.2%} of the weights in the decoder blocks are zero"
+        lines.append(f"{out}: {report.method}, {share}")
     protected = sum(entry.protected for entry in report.modules.values())
-    lines = [line, f"  {protected:,} weights were protected"] if protected else [line]
-    emit(dataclasses.asdict(report), lines, as_json=as_json)
+    return [*lines, f"  {protected:,} weights were protected"] if protected else lines
 
 
 def _config(settings: dict[str, Any], base: str | None) -> PruneConfig:
@@ -178,6 +205,13 @@ def _config(settings: dict[str, Any], base: str | None) -> PruneConfig:
     """
     if (settings["safety_loss"] == "contrastive") != (base is not None):
         raise UsageError("--safety-loss contrastive and --base go together: give both, or neither.")
+    kinds, share = settings.pop("remove"), settings.pop("remove_frac")
+    if kinds is None and share is not None:
+        raise UsageError("--remove-frac is the share of what --remove names: give both, or neither.")
+    if kinds is not None:
+        asked = {"kinds": [kind.strip() for kind in kinds.split(",")]}
+        settings["structured"] = asked if share is None else {**asked, "sparsity_frac": share}
+    settings["method"] = settings["method"] or ("wanda" if kinds is None else "none")
     if settings["sparsity_frac"] is None:
         settings["sparsity_frac"] = _pattern_sparsity(settings["pattern"])
     return decode(settings, PruneConfig, what="command line")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 def normalised(scores: Tensor) -> Tensor:
     """Scores of one layer with mean 1, float32 [out, in]; unchanged where all of them are 0."""
-    mean = scores.mean(dtype=torch.float64)
-    return scores / mean.float() if mean > 0 else scores
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
 
 
 def combined_scores(utility: Tensor, safety: Tensor, safety_weight: float) -> Tensor:
@@ -27,7 +27,7 @@ def combined_scores(utility: Tensor, safety: Tensor, safety_weight: float) -> Te
     Returns:
         float32 [out, in].
     """
-    means = [float(scores.mean(dtype=torch.float64)) for scores in (utility, safety)]
+    means = float(utility.mean()), float(safety.float().mean())
     if 0.0 in means:  # one of them says nothing
         return utility + safety_weight * safety
     return torch.add(utility, safety, alpha=safety_weight * means[0] / means[1])

@@ -54,10 +54,34 @@ def test_pruning_further(models: tuple[str, str], tmp_path: Path) -> None:
     assert again["reached_frac"] == 0.5
 
 
+def test_structures_are_removed_for_real(models: tuple[str, str], tmp_path: Path) -> None:
+    record = prune(models[0], tmp_path / "a", "--remove", "channels, blocks", "--remove-frac", "0.5")
+    removed = record["structured"]
+    assert (record["method"], record["reached_frac"]) == ("none", 0.0)
+    assert 0.0 < removed["reached_frac"] <= 0.5
+    sizes = [
+        sum(parameter.numel() for parameter in load_source(Path(folder)).model.parameters())
+        for folder in (models[0], tmp_path / "a")
+    ]
+    assert sizes == [removed["before"]["parameters"], removed["after"]["parameters"]]
+    assert sizes[1] < sizes[0]
+
+
+def test_zeros_after_structures(models: tuple[str, str], tmp_path: Path) -> None:
+    options = ["--remove", "blocks", "--remove-frac", "0.5", "--method", "magnitude", "--sparsity", "0.5"]
+    record = prune(models[0], tmp_path / "a", *options)
+    assert record["reached_frac"] == 0.5
+    assert len(record["structured"]["removed_blocks"]) == 1
+    for name, module in block_linear_modules(load_source(tmp_path / "a").model).items():
+        assert module.weight.numel() == record["modules"][name]["weights"]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--sparsity", "1"], "Expected `float` < 1.0 - at `sparsity_frac`"),
+        (["--remove-frac", "0.5"], "--remove-frac is the share of what --remove names"),
+        (["--remove", "heads,layers"], "'layers'"),
         (["--pattern", "two"], "at `pattern`"),
         (["--lambda", "-1"], "Expected `float` >= 0.0 - at `safety_weight`"),
         (["--base", "x"], "--safety-loss contrastive and --base go together: give both, or neither."),
