@@ -173,22 +173,33 @@ def _prune(
     """Module path -> (protected weights, those of them that were dropped)."""
     counts: dict[str, tuple[int, int]] = {}
     for index, path in enumerate(block_paths(model)):
-        block, inside = model.get_submodule(path), _inside(path, linears)
-        protected = block_protected(config, model, inside, index, evidence)
-        if updates(config):
-            evidence.advance_answers(block, index)
-            _drop_with_update(block, inside, index, config, fracs, protected, evidence)
-        else:
-            scores = block_scores(config, model, inside, index, evidence)
-            evidence.advance_answers(block, index)
-            for name, module in inside.items():
-                _drop(module, choose(config, scores.pop(name), fracs[name], protected.get(name)))
-        counts |= {name: _count(inside[name].weight, mask) for name, mask in protected.items()}
-        del protected  # or it stays in memory while the next block is scored
-        advance(block, evidence.stream, index)
+        counts |= _prune_block(model, _inside(path, linears), index, config, fracs, evidence)
+        advance(model.get_submodule(path), evidence.stream, index)
         if on_done is not None:
             on_done(1)
     return counts
+
+
+def _prune_block(
+    model: nn.Module,
+    inside: dict[str, nn.Linear],
+    index: int,
+    config: PruneConfig,
+    fracs: dict[str, float],
+    evidence: Evidence,
+) -> dict[str, tuple[int, int]]:
+    """As `_prune`, of one block; the answers move on, the calibration rows do not."""
+    block = model.get_submodule(block_paths(model)[index])
+    protected = block_protected(config, model, inside, index, evidence)
+    if updates(config):
+        evidence.advance_answers(block, index)
+        _drop_with_update(block, inside, index, config, fracs, protected, evidence)
+    else:
+        scores = block_scores(config, model, inside, index, evidence)
+        evidence.advance_answers(block, index)
+        for name, module in inside.items():
+            _drop(module, choose(config, scores.pop(name), fracs[name], protected.get(name)))
+    return {name: _count(inside[name].weight, mask) for name, mask in protected.items()}
 
 
 @torch.no_grad()

@@ -39,8 +39,9 @@ How to read it:
   resident process. The export, the same for all, is left out. Seconds compare the rows of one pair with
   each other and say nothing else: both pairs may have been measured side by side.
 - RTN, HQQ, ONNX Runtime's calibrators, INC and NNCF have no seed. SmoothQuant, KL only and ours have the
-  median over {seeds} seeds and [lowest, highest] in the hardest schemes of the reference pair; flips of one
-  side, and comparisons, are those of the seed with the median number of flips.
+  median over up to {seeds} seeds (the row says how many) and [lowest, highest] in the hardest schemes of
+  the reference pair; flips of one side, and comparisons, are those of the seed with the median number of
+  flips.
 - "min-max", "percentile", "entropy" and "mse" are ONNX Runtime's calibrators; "SmoothQuant" folds channel
   scales and takes min-max ranges; "KL only" is ours without the push, "the paper's loss" that of arXiv
   2511.07842 with its alpha of 0.75, as it is: nothing is chosen there.

@@ -134,7 +134,8 @@ def line_plot(pair: PairFigures) -> Figure | None:
     flipped.axhline(100 * pair.noise.frac, color="black", linestyle=":", linewidth=1)
     flipped.axhline(5, color="black", linestyle="--", linewidth=0.8)
     for panel in (kept, flipped):
-        panel.set_xticks(range(len(groups)), [group.group.key.upper() for group in groups])
+        labels = [group.group.key.upper().replace("-", "\n", 1) for group in groups]
+        panel.set_xticks(range(len(groups)), labels)
         panel.grid(axis="y", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Where the line lies, {pair.name} pair (bars: range over seeds)", fontsize=11)
