@@ -67,7 +67,7 @@ def contrastive_trials(config: CalibrateConfig, steps: int) -> Trials:
     """What a calibration with the settings' loss tries; the paper's loss is tried as it is."""
     mixtures = tuple(config.mixtures) or (None,)
     alphas = candidate_alphas(config) if steps else ()
-    return Trials(alphas, mixtures, steps, with_start=config.loss != "apc" or not steps)
+    return Trials(alphas, mixtures, steps, with_start=config.loss != "apc" or not alphas)
 
 
 def candidate_alphas(config: CalibrateConfig) -> tuple[float, ...]:

@@ -100,7 +100,7 @@ def nearest_start(
     """Quantizers at the strength that leaves the model nearest to the aligned one, and that strength.
 
     Nearest is by the weighted KL on the first STRENGTH_PROMPTS sequences. One set of quantizers is in
-    memory at a time, and a second one at the end.
+    memory at a time.
     """
 
     def made(frac: float) -> L:

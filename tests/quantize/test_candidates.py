@@ -133,6 +133,8 @@ def test_the_papers_loss_is_tried_as_it_is() -> None:
     assert (paper.alphas, paper.shared_steps, paper.total_steps, paper.with_start) == ((0.75,), 0, 8, False)
     ours = contrastive_trials(CalibrateConfig(alphas=(0.75,)), 8)
     assert (ours.alphas, ours.shared_steps, ours.total_steps, ours.with_start) == ((0.0, 0.75), 4, 12, True)
+    without = contrastive_trials(CalibrateConfig(loss="apc", alphas=()), 8)
+    assert (without.total_steps, without.with_start) == (0, True)
     nothing = contrastive_trials(CalibrateConfig(loss="apc"), 0)
     assert (nothing.alphas, nothing.total_steps, nothing.with_start) == ((), 0, True)
 
