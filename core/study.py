@@ -42,8 +42,8 @@ from holdfast.quantize.allocation.units import (
     unit_sizes,
 )
 from holdfast.quantize.formats import Format, parse_scheme
-from holdfast.quantize.learning.contrastive import make_exam
 from holdfast.quantize.learning.held_out import HeldOut
+from holdfast.quantize.learning.lesson import make_exam
 from holdfast.quantize.prompts.draw import hold_out
 from holdfast.quantize.prompts.sequences import even_rows
 from holdfast.quantize.record import ActivationRange

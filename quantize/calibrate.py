@@ -26,6 +26,7 @@ from holdfast.quantize.folding import fold
 from holdfast.quantize.formats import Format, formats
 from holdfast.quantize.learning import contrastive, qat
 from holdfast.quantize.learning.learnable import Learnables
+from holdfast.quantize.learning.lesson import Assignment, sequences
 from holdfast.quantize.learning.start import watched_inputs
 from holdfast.quantize.prompts.draw import CalibrationPrompt, count_kinds, hold_out
 from holdfast.quantize.prompts.sequences import Batch, even_rows
@@ -97,7 +98,23 @@ class Task:
     def batch(self) -> Batch:
         """The prompts that are learned from, with the aligned model's answers."""
         learn_from, _ = hold_out(self.prompts, self.config.held_out_frac, self.seed)
-        return contrastive.sequences(self.aligned, learn_from, self.config)[0]
+        return sequences(self.aligned, learn_from, self.config)[0]
+
+    def assignment(
+        self, learn_from: Sequence[CalibrationPrompt], held_out: Sequence[CalibrationPrompt]
+    ) -> Assignment:
+        """What the learned methods are given."""
+        return Assignment(
+            self.source,
+            self.aligned,
+            self.negative,
+            self.config,
+            self.chosen,
+            learn_from,
+            held_out,
+            self.seed,
+            self.on_step,
+        )
 
     def batches(self) -> list[Batch]:
         batch = self.batch()
@@ -170,19 +187,11 @@ def _qat(task: Task) -> Calibration:
     return _contrastive(task, learn=qat.learn)
 
 
-def _contrastive(task: Task, learn: Callable[..., contrastive.Learned] = contrastive.learn) -> Calibration:
+def _contrastive(
+    task: Task, learn: Callable[[Assignment], contrastive.Learned] = contrastive.learn
+) -> Calibration:
     learn_from, held_out = hold_out(task.prompts, task.config.held_out_frac, task.seed)
-    learned = learn(
-        task.source,
-        task.negative,
-        task.config,
-        task.chosen,
-        learn_from=learn_from,
-        held_out=held_out,
-        seed=task.seed,
-        aligned=task.aligned,
-        on_step=task.on_step,
-    )
+    learned = learn(task.assignment(learn_from, held_out))
     ranges = {path: activation_range(*ends, task.chosen[path]) for path, ends in learned.ranges.items()}
     record = task.record(
         coded=True,

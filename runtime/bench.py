@@ -39,6 +39,11 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    @property
+    def single(self) -> bool:
+        """Whether there is no range to show."""
+        return self.lowest == self.highest
+
 
 @dataclass(frozen=True)
 class Round:

@@ -9,9 +9,12 @@ import click
 
 from holdfast.cli.options import (
     FOLDER,
+    alphas_option,
+    base_option,
     calibration_data_option,
     emit,
     json_option,
+    loss_option,
     method_option,
     out_option,
     overwrite_option,
@@ -22,17 +25,17 @@ from holdfast.cli.options import (
 from holdfast.config import decode, encode
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder
-from holdfast.recipe import LOSSES, Recipe
+from holdfast.recipe import Recipe
 
 
 @click.command("calibrate")
 @click.argument("model", type=FOLDER)
-@click.option("--base", default="ablate", show_default=True, help="Folder of the base, or `ablate`.")
+@base_option
 @click.option("--aligned", type=FOLDER, help="The unpruned aligned model, where MODEL is a pruned one.")
 @out_option("the calibrated model")
 @method_option
-@click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")
-@click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
+@loss_option
+@alphas_option
 @click.option("--steps", type=int, help="Steps for each alpha.")
 @click.option("--block-steps", type=int, help="Steps for each decoder block, before those.")
 @click.option(

@@ -13,9 +13,11 @@ from holdfast.files import to_json
 from holdfast.recipe import (
     CALIBRATION_METHODS,
     KV_CACHES,
+    LOSSES,
     TARGETS,
     CalibrateConfig,
     ExportConfig,
+    PruneConfig,
     QuantizeConfig,
 )
 
@@ -57,6 +59,35 @@ calibration_data_option = click.option(
     default="builtin",
     show_default=True,
     help="`builtin`, or a JSONL file with prompt and kind (harmful, borderline, neutral).",
+)
+base_option = click.option(
+    "--base", default="ablate", show_default=True, help="Folder or hub name of the base, or `ablate`."
+)
+samples_option = click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=CalibrateConfig().samples,
+    show_default=True,
+    help="Calibration prompts.",
+)
+loss_option = click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")
+alphas_option = click.option(
+    "--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable."
+)
+safety_weight_option = click.option(
+    "--lambda",
+    "safety_weight",
+    type=click.FloatRange(min=0.0),
+    default=PruneConfig().safety_weight,
+    show_default=True,
+    help="Weight of safety against utility.",
+)
+block_size_option = click.option(
+    "--block-size",
+    type=int,
+    default=QuantizeConfig().block_size,
+    show_default=True,
+    help="Weights that share a scale, where weights are in blocks: 16, 32, 64 or 128.",
 )
 
 
@@ -113,7 +144,6 @@ method_option = click.option(
 
 def quantization_options(command: Command) -> Command:
     """What decides the format of every linear, as the recipe has it."""
-    defaults = QuantizeConfig()
     for option in (
         click.option(
             "--exclude", multiple=True, metavar="PATTERN", help="Module paths left in fp32; repeatable."
@@ -132,13 +162,7 @@ def quantization_options(command: Command) -> Command:
         click.option("--signed-activations", is_flag=True, help="int8 activations (S8S8), symmetric."),
         click.option("--symmetric-activations", is_flag=True, help="Static ranges centred on 0."),
         click.option("--asymmetric-weights", is_flag=True, help="Zero points for weights in blocks."),
-        click.option(
-            "--block-size",
-            type=int,
-            default=defaults.block_size,
-            show_default=True,
-            help="Weights that share a scale, where weights are in blocks: 16, 32, 64 or 128.",
-        ),
+        block_size_option,
         scheme_option,
     ):
         command = option(command)

@@ -15,13 +15,15 @@ from holdfast.cli.options import (
     json_option,
     out_option,
     overwrite_option,
+    safety_weight_option,
+    samples_option,
     seed_option,
 )
 from holdfast.config import decode
 from holdfast.errors import UsageError
 from holdfast.extras import require_extra
 from holdfast.files import atomic_folder, write_json
-from holdfast.recipe import PRUNE_METHODS, STRUCTURE_KINDS, CalibrateConfig, PruneConfig, StructuredConfig
+from holdfast.recipe import PRUNE_METHODS, STRUCTURE_KINDS, PruneConfig, StructuredConfig
 
 if TYPE_CHECKING:
     from holdfast.exporter.source import SourceModel
@@ -69,14 +71,7 @@ STRUCTURED = StructuredConfig()
     show_default=True,
     help="How set-difference chooses among weights that it does not protect.",
 )
-@click.option(
-    "--lambda",
-    "safety_weight",
-    type=float,
-    default=DEFAULTS.safety_weight,
-    show_default=True,
-    help="Weight of safety against utility.",
-)
+@safety_weight_option
 @click.option(
     "--safety-top",
     "safety_top_frac",
@@ -127,13 +122,7 @@ STRUCTURED = StructuredConfig()
     help=f"Share of the decoder blocks' weights to remove.  [default: {STRUCTURED.sparsity_frac}]",
 )
 @click.option("--allow-zeros", is_flag=True, help="Prune a model further that is sparse already.")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=CalibrateConfig().samples,
-    show_default=True,
-    help="Calibration prompts.",
-)
+@samples_option
 @calibration_data_option
 @seed_option
 @overwrite_option

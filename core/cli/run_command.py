@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 
-from holdfast.cli.options import FOLDER, emit, json_option, overwrite_option
+from holdfast.cli.options import FOLDER, alphas_option, emit, json_option, loss_option, overwrite_option
 from holdfast.errors import ExitCode, UsageError
 from holdfast.extras import require_extra
 from holdfast.recipe import (
     CALIBRATION_METHODS,
     KV_CACHES,
-    LOSSES,
     PRUNE_METHODS,
     RANGES,
     TARGETS,
@@ -59,8 +58,8 @@ FLAGS: dict[str, str] = {
 @click.option("--prune-method", type=click.Choice(PRUNE_METHODS), help="How to prune.")
 @click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
 @click.option("--method", type=click.Choice(CALIBRATION_METHODS), help="Calibration method.")
-@click.option("--loss", type=click.Choice(LOSSES), help="Calibration loss.")
-@click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
+@loss_option
+@alphas_option
 @click.option("--steps", type=int, help="Calibration steps for each alpha.")
 @click.option("--calibration-data", help="`builtin`, or a JSONL file with prompt and kind.")
 @click.option("--target", type=click.Choice(TARGETS), help="Where the graph is to run.")

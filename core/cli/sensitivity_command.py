@@ -11,17 +11,21 @@ import yaml
 
 from holdfast.cli.options import (
     FOLDER,
+    base_option,
+    block_size_option,
     calibration_data_option,
     emit,
     json_option,
     overwrite_option,
+    safety_weight_option,
+    samples_option,
     seed_option,
 )
 from holdfast.config import decode, encode
 from holdfast.errors import UsageError
 from holdfast.extras import require_extra
 from holdfast.files import refuse_existing, to_json, write_text
-from holdfast.recipe import CalibrateConfig, QuantizeConfig, Recipe, anchored
+from holdfast.recipe import QuantizeConfig, Recipe, anchored
 
 if TYPE_CHECKING:
     from holdfast.quantize.allocation.search import Trial
@@ -33,9 +37,7 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 @click.command("sensitivity")
 @click.argument("model")
-@click.option(
-    "--base", default="ablate", show_default=True, help="Folder or hub name of the base, or `ablate`."
-)
+@base_option
 @click.option(
     "--schemes",
     default="w8a8,w4a8,w2a8",
@@ -69,29 +71,10 @@ PLOT_SUFFIXES = (".png", ".svg", ".pdf")
     show_default=True,
     help="Allocations that are measured.",
 )
-@click.option(
-    "--lambda",
-    "safety_weight",
-    type=click.FloatRange(min=0.0),
-    default=1.0,
-    show_default=True,
-    help="Weight of safety against utility.",
-)
+@safety_weight_option
 @click.option("--auto", is_flag=True, help="Go on, from small budgets up, until the gate passes.")
-@click.option(
-    "--block-size",
-    type=int,
-    default=QuantizeConfig().block_size,
-    show_default=True,
-    help="Weights that share a scale, where they are in blocks: 16, 32, 64 or 128.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=CalibrateConfig().samples,
-    show_default=True,
-    help="Calibration prompts.",
-)
+@block_size_option
+@samples_option
 @calibration_data_option
 @seed_option
 @click.option("--out", type=FOLDER, metavar="FILE", help="Write a recipe (.yaml) or everything (.json).")

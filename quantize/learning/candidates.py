@@ -18,8 +18,8 @@ from holdfast.errors import CalibrationError
 from holdfast.evals.statistics import mcnemar_exact
 from holdfast.exporter.source import SourceModel
 from holdfast.quantize.learning.held_out import HeldOut
-from holdfast.quantize.learning.learnable import Learnables
 from holdfast.quantize.learning.start import LAST_LR_FRAC
+from holdfast.quantize.learning.trained_weights import Trainee
 from holdfast.quantize.record import Candidate
 from holdfast.recipe import CalibrateConfig, Mixture
 
@@ -86,7 +86,7 @@ class Course:
     """
 
     def __init__(
-        self, learned: Learnables, optimizer: torch.optim.Optimizer, rows: Sequence[Tensor], update: Update
+        self, learned: Trainee, optimizer: torch.optim.Optimizer, rows: Sequence[Tensor], update: Update
     ) -> None:
         self.learned, self.optimizer, self.rows, self.update = learned, optimizer, rows, update
         self.decay = torch.optim.lr_scheduler.LinearLR(
@@ -118,7 +118,7 @@ class Course:
         self.decay.load_state_dict(copy.deepcopy(state["decay"]))
 
 
-def clear_gradients(learned: Learnables) -> None:
+def clear_gradients(learned: Trainee) -> None:
     """Also of what is not learned, which collects gradients all the same."""
     for parameter in learned.parameters().values():
         parameter.grad = None
@@ -145,7 +145,7 @@ def branching_runs(
 
 def learn_and_choose(
     working: SourceModel,
-    learned: Learnables,
+    learned: Trainee,
     exam: HeldOut,
     trials: Trials,
     course_of: Callable[[Mixture | None], Course],

@@ -185,7 +185,7 @@ def make_pairs(
 
     Arguments:
         aligned, negative: transformers models.
-        batch, answers: the prompts with the aligned model's answers, as `contrastive.sequences` gives them.
+        batch, answers: the prompts with the aligned model's answers, as `lesson.sequences` gives them.
 
     Raises:
         CalibrationError: there is no such prompt.

@@ -9,9 +9,9 @@ from holdfast.config import encode
 from holdfast.evals.judge import Label, label_answer
 from holdfast.exporter.source import SourceModel
 from holdfast.exporter.torch_model import TorchLanguageModel
-from holdfast.quantize.learning.learnable import Learnables
 from holdfast.quantize.learning.losses import References, contrastive_loss
 from holdfast.quantize.learning.reference_cache import position_logits
+from holdfast.quantize.learning.trained_weights import Trainee
 from holdfast.quantize.prompts.sequences import Batch, even_rows
 from holdfast.quantize.record import Candidate
 from holdfast.recipe import Mixture
@@ -37,7 +37,7 @@ class HeldOut:
     def judge(
         self,
         working: SourceModel,
-        learned: Learnables,
+        learned: Trainee,
         *,
         alpha: float,
         mixture: Mixture | None,

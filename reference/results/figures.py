@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from holdfast.evals.gate import MetricVerdict, Rate, Verdict, decide
 from holdfast.evals.run import SuiteAnswers
 from holdfast.evals.suites import Suite
 from holdfast.recipe import EvaluateConfig
+from holdfast.runtime.bench import Spread
 from reference.results.closeness import Closeness
 from reference.results.flips import Flips, count_flips, pooled
 from reference.results.process import Stage, highest_bytes, total_seconds
@@ -85,24 +85,6 @@ class RowFigures:
     def over_seeds(self, figure: Callable[[Measured], float]) -> Spread:
         """Median and range of a figure."""
         return Spread.of([figure(measured) for measured in self.seeds])
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and range over seeds."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    @property
-    def single(self) -> bool:
-        """Whether there is no range to show."""
-        return self.lowest == self.highest
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from holdfast.evals.gate import MetricVerdict
+from holdfast.runtime.bench import Spread
 from reference.results.figures import (
     MADE_IN,
     GroupFigures,
     Measured,
     PairFigures,
     RowFigures,
-    Spread,
     base_rate,
 )
 from reference.results.flips import Side

@@ -19,9 +19,9 @@ from holdfast.quantize.learning.candidates import (
     branching_runs,
     contrastive_trials,
 )
-from holdfast.quantize.learning.contrastive import references_of, sequences
 from holdfast.quantize.learning.held_out import distance
 from holdfast.quantize.learning.learnable import Learnables
+from holdfast.quantize.learning.lesson import references_of, sequences
 from holdfast.quantize.learning.start import nearest_start, optimizer_of, strengths, watched_inputs
 from holdfast.quantize.prompts.draw import CalibrationPrompt
 from holdfast.quantize.record import Candidate

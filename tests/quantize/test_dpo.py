@@ -10,7 +10,6 @@ import torch
 
 from holdfast.errors import CalibrationError, SuiteError
 from holdfast.exporter.source import SourceModel
-from holdfast.quantize.learning.contrastive import references_of, sequences
 from holdfast.quantize.learning.dpo import (
     NO_PAIR,
     Pairs,
@@ -23,6 +22,7 @@ from holdfast.quantize.learning.dpo import (
     sequence_logp,
     written_pairs,
 )
+from holdfast.quantize.learning.lesson import references_of, sequences
 from holdfast.quantize.learning.losses import References
 from holdfast.quantize.prompts.draw import CalibrationPrompt
 from tests.quantize.conftest import SHORT

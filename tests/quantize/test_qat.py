@@ -17,7 +17,7 @@ from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
 from holdfast.quantize.formats import formats
 from holdfast.quantize.learning.candidates import clear_gradients
-from holdfast.quantize.learning.contrastive import sequences
+from holdfast.quantize.learning.lesson import sequences
 from holdfast.quantize.learning.qat import (
     TrainedLearnables,
     make_optimizer,
@@ -239,7 +239,7 @@ def test_not_finite_gradients_name_the_linear_nearest_to_the_loss(
         fault = 0.0 if ".1.mlp.down" in name else float("nan")
         parameter.grad = torch.full_like(parameter, fault)
     with pytest.raises(CalibrationError, match=r"gradient of `model\.layers\.1\.mlp\.up_proj`"):
-        require_finite_gradients(learned)
+        require_finite_gradients(learned.parameters())
 
 
 def test_training_that_diverges_names_a_linear(

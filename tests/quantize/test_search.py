@@ -17,7 +17,7 @@ from holdfast.quantize.allocation.search import (
 from holdfast.quantize.allocation.solve import Allocation, allocate
 from holdfast.quantize.allocation.units import quantizable_units, unit_sizes
 from holdfast.quantize.formats import formats
-from holdfast.quantize.learning.contrastive import make_exam
+from holdfast.quantize.learning.lesson import make_exam
 from holdfast.quantize.prompts.draw import CalibrationPrompt
 from holdfast.recipe import QuantizeConfig
 from tests.quantize.conftest import SHORT

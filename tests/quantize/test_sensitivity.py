@@ -24,8 +24,8 @@ from holdfast.quantize.allocation.sensitivity import (
 )
 from holdfast.quantize.allocation.units import Unit, quantizable_units
 from holdfast.quantize.formats import parse_scheme
-from holdfast.quantize.learning.contrastive import make_exam
 from holdfast.quantize.learning.held_out import HeldOut
+from holdfast.quantize.learning.lesson import make_exam
 from holdfast.quantize.prompts.draw import CalibrationPrompt
 from holdfast.quantize.record import ActivationRange
 from holdfast.recipe import QuantizeConfig

@@ -11,8 +11,9 @@ from scipy.stats import binomtest
 
 from holdfast.errors import SuiteError, UsageError
 from holdfast.evals import gate
+from holdfast.runtime.bench import Spread
 from reference.results import tables
-from reference.results.figures import Failed, PairFigures, Spread
+from reference.results.figures import Failed, PairFigures
 from reference.results.flips import Flips, Side, compare_flips, count_flips
 from reference.results.goals import goals, line, standings
 from reference.results.page import page
