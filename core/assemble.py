@@ -12,6 +12,7 @@ from holdfast.bundle import (
     ANSWERS,
     ARTIFACT,
     FP32_ONNX,
+    PRUNED,
     RECIPE,
     REPORT_HTML,
     REPORT_JSON,
@@ -23,6 +24,8 @@ from holdfast.evals.report import Details, render_html
 from holdfast.files import write_json, write_text
 from holdfast.job import Job
 from holdfast.manifest import SCHEMA_VERSION, Manifest, ModelEntry, StepEntry, seal
+from holdfast.prune.recovery.record import RECOVERY_FILE
+from holdfast.pruning import Pruned
 from holdfast.recipe import Recipe, recipe_yaml
 from holdfast.runtime.environment import environment_rows
 from holdfast.steps import StepRunner
@@ -30,14 +33,13 @@ from holdfast.versions import installed_versions
 
 # record of a step -> where the step left it
 RECORDS = {
-    "prune.json": ("prune", "prune.json"),
     "calibration.json": ("calibrate", "model/calibration.json"),
     "export.json": ("quantize", "onnx/export.json"),
     "quantize.json": ("quantize", "onnx/quantize.json"),
 }
 
 
-def write_bundle(fresh: Path, job: Job, runner: StepRunner) -> Assessment:
+def write_bundle(fresh: Path, job: Job, runner: StepRunner, pruned: Pruned) -> Assessment:
     """Fill an empty folder with artifact, records, prompts, answers and report, and seal it."""
     shutil.copytree(
         runner.folder("quantize") / "onnx",
@@ -45,15 +47,15 @@ def write_bundle(fresh: Path, job: Job, runner: StepRunner) -> Assessment:
         dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("export.json", "quantize.json"),
     )
-    _copy_records(fresh / STEPS, runner)
-    _copy_answers(fresh, runner)
+    _copy_records(fresh / STEPS, runner, pruned)
+    _copy_answers(fresh, runner, pruned)
     candidate = load_answers(fresh / ANSWERS / ARTIFACT, job.suites)
     assessment = assess(
         job.suites,
         load_runs(fresh / ANSWERS, job.suites, candidate),
         job.recipe.evaluate,
         seed=job.recipe.seed,
-        details=_details(job, runner),
+        details=_details(job, runner, pruned),
     )
     write_text(fresh / RECIPE, recipe_yaml(job.recipe))
     write_json(fresh / REPORT_JSON, assessment.report)
@@ -62,23 +64,31 @@ def write_bundle(fresh: Path, job: Job, runner: StepRunner) -> Assessment:
     return assessment
 
 
-def _copy_records(target: Path, runner: StepRunner) -> None:
+def _copy_records(target: Path, runner: StepRunner, pruned: Pruned) -> None:
     """The steps' own JSON records, gathered in one folder."""
     target.mkdir()
-    for name, (step, path) in RECORDS.items():
-        record = runner.folder(step) / path
+    found = {name: runner.folder(step) / path for name, (step, path) in RECORDS.items()}
+    found["prune.json"] = pruned.record.folder / "prune.json"
+    if pruned.recovery is not None:
+        found[RECOVERY_FILE] = pruned.recovery.folder / RECOVERY_FILE
+    if pruned.gate is not None:
+        found["gate-pruned.json"] = pruned.gate.folder / "verdict.json"
+    for name, record in found.items():
         if record.is_file():
             shutil.copyfile(record, target / name)
 
 
-def _copy_answers(fresh: Path, runner: StepRunner) -> None:
+def _copy_answers(fresh: Path, runner: StepRunner, pruned: Pruned) -> None:
     shutil.copytree(runner.folder("baseline") / "suites", fresh / SUITES)
-    for name, folder in {
+    found = {
         ALIGNED: runner.folder("baseline") / ALIGNED,
         TWIN: runner.folder("baseline") / TWIN,
         FP32_ONNX: runner.folder("reference-export") / "answers",
         ARTIFACT: runner.folder("evaluate") / "answers",
-    }.items():
+    }
+    if pruned.gate is not None:
+        found[PRUNED] = pruned.gate.folder / "answers"
+    for name, folder in found.items():
         shutil.copytree(folder, fresh / ANSWERS / name)
 
 
@@ -90,12 +100,14 @@ def title(recipe: Recipe) -> str:
         parts.append(f"{gone.sparsity_frac:.0%} of {' and '.join(gone.kinds)} removed")
     if recipe.prune.method != "none":
         parts.append(f"{recipe.prune.method} {recipe.prune.sparsity_frac:.0%}")
+    if recipe.recover is not None:
+        parts.append(f"recovered ({recipe.recover.objective})")
     parts.append(recipe.quantize.scheme + (" mixed" if recipe.quantize.mixed else ""))
     parts.append(recipe.quantize.backend)
     return ", ".join(parts)
 
 
-def _details(job: Job, runner: StepRunner) -> Details:
+def _details(job: Job, runner: StepRunner, pruned: Pruned) -> Details:
     """Environment, steps and digests for the report. No time of day: a rerun gives the same bytes."""
     steps = {
         step.name: ", ".join(f"{k} {v}" for k, v in step.result.items() if isinstance(v, str | int | float))
@@ -105,10 +117,11 @@ def _details(job: Job, runner: StepRunner) -> Details:
     digests = {
         f"{role}: {name}": digest for role, files in job.digests.items() for name, digest in files.items()
     }
+    gate = {} if pruned.gate is None else {"After pruning": pruned.gate.result}
     return Details(
         title=title(job.recipe),
         created=None,
-        sections={"Steps": steps, "Environment": machine, "Sources (SHA-256)": digests},
+        sections={**gate, "Steps": steps, "Environment": machine, "Sources (SHA-256)": digests},
     )
 
 

@@ -3,7 +3,7 @@
 model.onnx  config.json  tokenizer files  generation_config.json     what ONNX Runtime needs
 manifest.json  recipe.yaml  steps/*.json                             how it was made
 alignment/suites/*.jsonl                                             the prompts
-alignment/answers/<subject>/*.jsonl                                  baseline, twin, fp32 graph
+alignment/answers/<subject>/*.jsonl                                  baseline, twin, pruned, fp32 graph
 alignment/report.json  alignment/report.html                         the verdict, with its reasons
 """
 
@@ -29,6 +29,7 @@ STEPS = Path("steps")
 ALIGNED = "aligned"
 TWIN = "twin"
 FP32_ONNX = "fp32-onnx"
+PRUNED = "pruned"
 ARTIFACT = "artifact"
 
 

@@ -25,6 +25,8 @@ from holdfast.exporter.streamed import StreamedModel
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.files import sha256_text, to_json
 from holdfast.progress import bar, say
+from holdfast.prune.recovery.recover import Recovered, recover
+from holdfast.prune.recovery.recover import total_steps as recovery_steps
 from holdfast.quantize.calibrate import Calibration, calibrate, total_steps
 from holdfast.quantize.learning.ablate import AblatedTwin, make_twin
 from holdfast.quantize.learning.blockwise import calibrate_folder
@@ -143,6 +145,22 @@ class Job:
         record = msgspec.structs.replace(calibration.record, coverage=self.covered)
         return dataclasses.replace(calibration, record=record)
 
+    def recover(self, source: SourceModel) -> Recovered:
+        """Repair of `source`, a pruned form of the aligned model; the recipe says how."""
+        config, calibrate = self.recipe.recover, self.recipe.calibrate
+        assert config is not None
+        with bar("recovering", recovery_steps(config, calibrate), unit="step") as on_step:
+            return recover(
+                source,
+                self.aligned,
+                self.negative,
+                config,
+                calibrate,
+                prompts=self.prompts,
+                seed=self.recipe.seed,
+                on_step=on_step,
+            )
+
     def calibrate_blocks(self, model: Path, out: Path) -> CalibrationRecord:
         """Calibration block by block, from folder to folder, for models that do not fit."""
         return calibrate_blocks(self.recipe, self.prompts, model, out)
@@ -206,9 +224,11 @@ def calibrate_blocks(
 
 
 def written_pairs(recipe: Recipe) -> list[WrittenPair]:
-    """The preference pairs that training learns from, where they come from a file."""
-    pairs = recipe.calibrate.qat.pairs if recipe.calibrate.method == "qat" else None
-    return [] if pairs is None else read_pairs(Path(pairs))
+    """The preference pairs that training learns from, where they come from files."""
+    files = [recipe.calibrate.qat.pairs] if recipe.calibrate.method == "qat" else []
+    if recipe.recover is not None and recipe.recover.objective == "dpo":
+        files.append(recipe.recover.pairs)
+    return [pair for file in files if file is not None for pair in read_pairs(Path(file))]
 
 
 def _calibration_prompts(recipe: Recipe) -> list[CalibrationPrompt]:

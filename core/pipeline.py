@@ -2,6 +2,8 @@
 
     baseline -> reference-export -> prune -> calibrate -> export -> quantize -> evaluate -> bundle
 
+Pruning has steps of its own, see `pruning`.
+
 Wiring only: each step's algorithm lives in its own package. This module is on the workshop's side
 (it imports torch through them); the device never loads it.
 """
@@ -19,16 +21,12 @@ from holdfast.alignment import Assessment, answer_suites, save_answers, save_sui
 from holdfast.assemble import write_bundle
 from holdfast.bundle import ALIGNED, REPORT_HTML, TWIN
 from holdfast.config import encode
-from holdfast.exporter.architectures import block_paths, linear_modules
+from holdfast.exporter.architectures import linear_modules
 from holdfast.exporter.export import ExportReport, export_model, export_source
-from holdfast.exporter.source import save_source
-from holdfast.files import atomic_folder, refuse_existing, write_json
+from holdfast.files import atomic_folder, refuse_existing
 from holdfast.job import Job, prepare
-from holdfast.progress import bar, say
-from holdfast.prune.apply import prune_model
-from holdfast.prune.report import prune_record
-from holdfast.prune.structured.prune import prune_structures
-from holdfast.prune.structured.remove import StructuredReport
+from holdfast.progress import say
+from holdfast.pruning import Pruned, check_pruning, prune_steps, step_count
 from holdfast.quantize.artifact.finish import finish_artifact
 from holdfast.quantize.artifact.possible import INC_METHODS
 from holdfast.quantize.artifact.write import QuantizeReport, quantize_bundle, ranges_of
@@ -50,6 +48,7 @@ class RunOutcome:
 
     bundle: Path
     assessment: Assessment
+    pruned: Pruned
     steps: tuple[StepResult, ...]
 
     @property
@@ -62,6 +61,7 @@ class RunOutcome:
             "bundle": str(self.bundle),
             "report": str(self.bundle / REPORT_HTML),
             "verdict": self.assessment.verdict.to_dict(),
+            "step_at_fault": self.pruned.step_at_fault(self.verdict),
             "steps": [
                 {"name": s.name, "wall_s": s.wall_s, "resumed": s.resumed, "result": s.result}
                 for s in self.steps
@@ -71,7 +71,15 @@ class RunOutcome:
     def lines(self) -> list[str]:
         """The outcome for a person."""
         report = self.bundle / REPORT_HTML
-        return [*self.assessment.lines(), f"bundle  {self.bundle}", f"report  {report}"]
+        fault = self.pruned.step_at_fault(self.verdict)
+        found = [f"  at fault: {fault}"] if fault else []
+        return [
+            *self.pruned.lines(),
+            *self.assessment.lines(),
+            *found,
+            f"bundle  {self.bundle}",
+            f"report  {report}",
+        ]
 
 
 def run(recipe: Recipe, out: Path, *, work: Path | None, overwrite: bool) -> RunOutcome:
@@ -87,18 +95,24 @@ def run(recipe: Recipe, out: Path, *, work: Path | None, overwrite: bool) -> Run
         HoldfastError: see `holdfast.errors`; finished steps stay in the work folder.
     """
     refuse_existing(out, overwrite=overwrite)
+    check_pruning(recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     job = prepare(recipe)
-    runner = StepRunner(work or out.with_name(f"{out.name}.work"), total=len(STEPS_IN_ORDER) + 1)
-    for step in STEPS_IN_ORDER:
+    total = len(BEFORE_PRUNING) + step_count(recipe) + 1 + len(AFTER_CALIBRATION) + 1
+    runner = StepRunner(work or out.with_name(f"{out.name}.work"), total=total)
+    for step in BEFORE_PRUNING:
+        step(job, runner)
+    pruned = prune_steps(job, runner)
+    _calibrate(job, runner, pruned)
+    for step in AFTER_CALIBRATION:
         step(job, runner)
     say(f"[{runner.total}/{runner.total}] bundle")
     with atomic_folder(out, overwrite=overwrite) as fresh:
-        assessment = write_bundle(fresh, job, runner)
+        assessment = write_bundle(fresh, job, runner, pruned)
     if work is None:
         runner.clean()
-    return RunOutcome(out, assessment, tuple(runner.done))
+    return RunOutcome(out, assessment, pruned, tuple(runner.done))
 
 
 # --- the steps --------------------------------------------------------------------------------
@@ -138,39 +152,14 @@ def _reference_export(job: Job, runner: StepRunner) -> None:
     runner.run("reference-export", _export_settings(job), [runner.key("baseline")], work)
 
 
-def _prune(job: Job, runner: StepRunner) -> None:
-    config = job.recipe.prune
-
-    def work(folder: Path) -> dict[str, Any]:
-        source = job.load(job.aligned.folder)  # its own copy: pruning works in place
-        ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in job.prompts])
-        harmful = [prompt.kind == "harmful" for prompt in job.prompts]
-        negative = job.negative if config.safety_loss == "contrastive" else None
-        removed: StructuredReport | None = None
-        if config.structured is not None:
-            say(f"      removing {' and '.join(config.structured.kinds)}")
-            source, removed = prune_structures(
-                source, ids, config.structured, harmful=harmful, response_tokens=config.response_tokens
-            )
-        with bar("pruning", len(block_paths(source.model)), unit="block") as on_done:
-            report = prune_model(source, ids, config, harmful=harmful, negative=negative, on_done=on_done)
-        save_source(source, folder / "model")
-        write_json(folder / "prune.json", prune_record(report, removed))
-        gone = 0.0 if removed is None else removed.reached_frac
-        return {"method": report.method, "sparsity_frac": report.reached_frac, "removed_frac": gone}
-
-    runner.run("prune", encode(config), [*job.model_keys, job.prompts_key], work)
-
-
-def _calibrate(job: Job, runner: StepRunner) -> None:
+def _calibrate(job: Job, runner: StepRunner, pruned: Pruned) -> None:
     recipe = job.recipe
 
     def work(folder: Path) -> dict[str, Any]:
-        pruned = runner.folder("prune") / "model"
         if recipe.calibrate.scope == "blocks":
-            record = job.calibrate_blocks(pruned, folder / "model")
+            record = job.calibrate_blocks(pruned.folder, folder / "model")
         else:
-            calibration = job.calibrate(job.load(pruned))
+            calibration = job.calibrate(job.load(pruned.folder))
             calibration.save(folder / "model")
             record = calibration.record
         chosen = {"alpha": record.chosen_alpha, "steps": record.chosen_steps, "held_out": record.held_out}
@@ -185,7 +174,7 @@ def _calibrate(job: Job, runner: StepRunner) -> None:
         "scheme": {k: quantize[k] for k in ("scheme", "mixed", "exclude", *LAYOUT)} | {"inc": own},
         "seed": recipe.seed,
     }
-    keys = [runner.key("prune"), job.prompts_key, *job.model_keys]
+    keys = [pruned.model.key, job.prompts_key, *job.model_keys]
     runner.run("calibrate", settings, keys, work)
 
 
@@ -251,7 +240,8 @@ def _evaluate(job: Job, runner: StepRunner) -> None:
     runner.run("evaluate", encode(job.recipe.evaluate), keys, work)
 
 
-STEPS_IN_ORDER = (_baseline, _reference_export, _prune, _calibrate, _export, _quantize, _evaluate)
+BEFORE_PRUNING = (_baseline, _reference_export)
+AFTER_CALIBRATION = (_export, _quantize, _evaluate)
 
 
 # --- helpers ----------------------------------------------------------------------------------

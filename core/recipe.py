@@ -36,12 +36,27 @@ LOSSES: tuple[str, ...] = get_args(Loss)
 Ranges = Literal["minmax", "percentile", "entropy", "mse"]
 RANGES: tuple[str, ...] = get_args(Ranges)
 
-Scheme = Annotated[str, Meta(pattern=r"^(none|w[248](a[2-8])?)$")]
+Scheme = Annotated[
+    str,
+    Meta(
+        pattern=r"^(none|w[248](a[2-8])?)$",
+        description="`none`, or `w` with 2, 4 or 8, followed for static activations by `a` with 2 to 8",
+    ),
+]
 """Name of a quantization scheme; `quantize.formats` says what each stands for."""
 
 
 PruneMethod = Literal["none", "magnitude", "wanda", "sparsegpt", "snip", "combined", "set-difference"]
 PRUNE_METHODS: tuple[str, ...] = get_args(PruneMethod)
+
+
+Pattern = Annotated[
+    str,
+    Meta(
+        pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$",
+        description="`unstructured`, or n:m such as 2:4",
+    ),
+]
 
 
 StructureKind = Literal["heads", "channels", "blocks"]
@@ -89,11 +104,13 @@ class PruneConfig(Config, frozen=True):
         response_tokens: tokens of the model's own answers.
         allow_zeros: prune a model that is sparse already; its zeros count as pruned.
         structured: structures to remove, before weights are set to zero.
+        rounds: prune a little, recover, look at the gate and prune again, so many times; the first round
+            that does not pass ends it, and the one before is kept.
     """
 
     method: PruneMethod = "none"
     sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
-    pattern: Annotated[str, Meta(pattern=r"^(unstructured|[1-9][0-9]*:[1-9][0-9]*)$")] = "unstructured"
+    pattern: Pattern = "unstructured"
     allocation: Literal["uniform", "sensitivity"] = "uniform"
     rest: Literal["wanda", "sparsegpt"] = "sparsegpt"
     safety_weight: Annotated[float, Meta(ge=0.0)] = 1.0
@@ -104,6 +121,7 @@ class PruneConfig(Config, frozen=True):
     response_tokens: Positive = 16
     allow_zeros: bool = False
     structured: StructuredConfig | None = None
+    rounds: Positive = 1
 
 
 class Mixture(Config, frozen=True):
@@ -204,6 +222,50 @@ class CalibrateConfig(Config, frozen=True):
     scale_lr: PositiveFloat = 1e-2
     rounding_lr: PositiveFloat = 1e-3
     qat: QATConfig = QATConfig()
+
+
+RecoveryObjective = Literal["contrastive", "dpo", "safety-heads"]
+RECOVERY_OBJECTIVES: tuple[str, ...] = get_args(RecoveryObjective)
+
+
+class RecoverConfig(Config, frozen=True):
+    """Repair of a pruned model, before it is calibrated; its zeros stay zero.
+
+    What it learns from, and how candidates are judged, is as in `calibrate`: `data`, `samples`, `mixture`,
+    `held_out_frac`, `first_response_weight` and `top_k`.
+
+    Attributes:
+        objective: `contrastive` (distillation from the aligned model with the calibration loss), `dpo`
+            (Rafailov et al. 2023) or `safety-heads` (pruned weights of the heads that refusals hang on get
+            their old values back, arXiv 2505.16104; nothing is trained).
+        loss: of `contrastive`: `bounded`, `kl` (no push) or `apc`.
+        alphas: weights of the push to choose among, see `calibrate.alphas`.
+        pairs, beta: of `dpo`, see `calibrate.qat`.
+        trained: `all` linear layers of the decoder blocks, or the weights of the `safety-heads` alone.
+        lora_rank: rank of the adapters that are trained and merged; 0 trains the weights themselves.
+        steps: optimizer steps of the run without a push.
+        lr: AdamW's learning rate; adapters bear a larger one.
+        batch_size: prompts a step.
+        response_tokens: answer tokens of the aligned model that each prompt is followed by.
+        safety_heads: how many heads count as those that refusals hang on (Ships).
+        safety_top_frac, utility_top_frac: of `safety-heads`: what is restored is in the heads' top of
+            both.
+    """
+
+    objective: RecoveryObjective = "contrastive"
+    loss: Literal["bounded", "kl", "apc"] = "bounded"
+    alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.3)
+    pairs: str | None = None
+    beta: PositiveFloat = 0.1
+    trained: Literal["all", "safety-heads"] = "all"
+    lora_rank: NotNegative = 0
+    steps: Positive = 200
+    lr: PositiveFloat = 5e-4
+    batch_size: Positive = 24
+    response_tokens: Positive = 32
+    safety_heads: Positive = 10
+    safety_top_frac: OpenFraction = 0.5
+    utility_top_frac: OpenFraction = 0.7
 
 
 class ExportConfig(Config, frozen=True):
@@ -339,6 +401,7 @@ class Recipe(Config, frozen=True):
         version: of this format.
         seed: seeds every random choice; recorded in the bundle.
         threads: intra-op threads of torch and ONNX Runtime; 0 leaves the choice to them.
+        recover: repair after pruning; by default none.
     """
 
     model: str
@@ -349,6 +412,7 @@ class Recipe(Config, frozen=True):
     seed: NotNegative = 0
     threads: NotNegative = 0
     prune: PruneConfig = PruneConfig()
+    recover: RecoverConfig | None = None
     calibrate: CalibrateConfig = CalibrateConfig()
     export: ExportConfig = ExportConfig()
     quantize: QuantizeConfig = QuantizeConfig()
@@ -381,7 +445,9 @@ def make_recipe(data: dict[str, Any], overrides: dict[str, Any], *, what: str) -
         *parents, last = key.split(".")
         target = data
         for parent in parents:
-            target = target.setdefault(parent, {})
+            if target.get(parent) is None:
+                target[parent] = {}
+            target = target[parent]
         target[last] = value
     return decode(data, Recipe, what=what)
 
@@ -413,8 +479,9 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     if isinstance(prompts, str) and prompts != "builtin":
         data["calibrate"]["data"] = str((folder / prompts).resolve())
     qat = calibrate.get("qat") if isinstance(calibrate, dict) else None
-    if isinstance(qat, dict) and isinstance(qat.get("pairs"), str):
-        qat["pairs"] = str((folder / qat["pairs"]).resolve())
+    for trained in (qat, data.get("recover")):
+        if isinstance(trained, dict) and isinstance(trained.get("pairs"), str):
+            trained["pairs"] = str((folder / trained["pairs"]).resolve())
     evaluate = data.get("evaluate")
     suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
     for suite in suites if isinstance(suites, list) else []:

@@ -6,7 +6,7 @@ the gate passes. Everything runs on the torch simulation; nothing is exported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from holdfast.alignment import answer_suites
@@ -33,7 +33,7 @@ from holdfast.quantize.allocation.sensitivity import (
     static_ranges,
     steps,
 )
-from holdfast.quantize.allocation.solve import Allocation, allocate
+from holdfast.quantize.allocation.solve import Allocation, allocate, require_budget
 from holdfast.quantize.allocation.units import (
     Unit,
     budget_from_bits,
@@ -64,6 +64,7 @@ class Study:
         ranges: (unit name, scheme) -> static input range.
         harmful, harmless: prompts that sensitivity is measured on. exam: held-out prompts.
         found: sensitivity of every unit under every scheme.
+        budget_bytes: what the units' codes, scales and zero points may take; None without a budget.
     """
 
     job: Job = field(repr=False)
@@ -76,24 +77,38 @@ class Study:
     harmless: HeldOut = field(repr=False)
     exam: HeldOut = field(repr=False)
     found: list[Sensitivity]
+    budget_bytes: int | None = None
 
     @property
     def config(self) -> QuantizeConfig:
         return self.job.recipe.quantize
 
 
-def study_sensitivity(job: Job, schemes: Sequence[str], *, draws: int = 1) -> Study:
+def study_sensitivity(
+    job: Job,
+    schemes: Sequence[str],
+    *,
+    draws: int = 1,
+    total_bytes: int | None = None,
+    bits: float | None = None,
+) -> Study:
     """Measure every unit of the aligned model under every scheme.
 
     Arguments:
         draws: backward passes a batch; see `sensitivity.measure_sensitivity`.
+        total_bytes: budget for all weights of the graph, embeddings and norms included; or
+        bits: budget as average stored bits of a unit's weight. It is checked before anything is measured.
 
     Raises:
-        QuantizationError: a scheme that there is not. CalibrationError: too few prompts of a kind.
+        QuantizationError: a scheme that there is not; a budget below the smallest possible size.
+            CalibrationError: too few prompts of a kind.
     """
     recipe, model = job.recipe, job.aligned.model
     units = quantizable_units(model)
     sizes = unit_sizes(units, schemes, recipe.quantize)
+    budget = None
+    if total_bytes is not None or bits is not None:
+        budget = unit_budget(units, sizes, other_bytes(model), total_bytes=total_bytes, bits=bits)
     forms = {scheme: parse_scheme(scheme, recipe.quantize) for scheme in schemes}
     learn_from, held_out = hold_out(job.prompts, recipe.calibrate.held_out_frac, recipe.seed)
     say("      reference probabilities")
@@ -119,7 +134,9 @@ def study_sensitivity(job: Job, schemes: Sequence[str], *, draws: int = 1) -> St
             draws=draws,
             on_step=on_step,
         )
-    return Study(job, units, forms, sizes, other_bytes(model), ranges, harmful, harmless, exam, found)
+    return Study(
+        job, units, forms, sizes, other_bytes(model), ranges, harmful, harmless, exam, found, budget
+    )
 
 
 def validate(study: Study) -> tuple[dict[str, dict[Part, float]], list[Measured]]:
@@ -135,29 +152,39 @@ def validate(study: Study) -> tuple[dict[str, dict[Part, float]], list[Measured]
     return rank_correlations(study.found, found), found
 
 
-def unit_budget(study: Study, *, total_bytes: int | None, bits: float | None) -> int:
+def unit_budget(
+    units: Sequence[Unit],
+    sizes: Mapping[tuple[str, str], int],
+    fixed_bytes: int,
+    *,
+    total_bytes: int | None,
+    bits: float | None,
+) -> int:
     """What a budget leaves for the units' codes, scales and zero points, bytes.
 
     Arguments:
-        total_bytes: for all weights of the graph, embeddings and norms included; or
-        bits: average stored bits of a unit's weight.
+        sizes: (unit name, scheme) -> stored bytes.
+        fixed_bytes: parameters that are no unit's weights.
+        total_bytes, bits: see `study_sensitivity`; one of them.
 
     Raises:
-        QuantizationError: `total_bytes` is below the smallest possible size.
+        QuantizationError: the budget is below the smallest possible size.
     """
     if total_bytes is None:
         assert bits is not None
-        return budget_from_bits(study.units, bits)
-    smallest = study.fixed_bytes + sum(
-        min(size for (name, _), size in study.sizes.items() if name == unit.name) for unit in study.units
+        budget = budget_from_bits(units, bits)
+        require_budget(units, sizes, budget)
+        return budget
+    smallest = fixed_bytes + sum(
+        min(size for (name, _), size in sizes.items() if name == unit.name) for unit in units
     )
     if total_bytes < smallest:
         raise QuantizationError(
             f"A budget of {total_bytes:,} bytes is below the smallest possible size with these schemes, "
-            f"{smallest:,} bytes ({study.fixed_bytes:,} of them embeddings, norms and biases in float32): "
+            f"{smallest:,} bytes ({fixed_bytes:,} of them embeddings, norms and biases in float32): "
             "raise the budget, or allow a smaller scheme."
         )
-    return total_bytes - study.fixed_bytes
+    return total_bytes - fixed_bytes
 
 
 def best_allocations(

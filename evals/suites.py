@@ -237,7 +237,7 @@ def load_suites(choices: Sequence[SuiteChoice], limit: int) -> list[Suite]:
 def _load(choice: SuiteChoice) -> list[Suite]:
     listing = _BY_NAME.get(choice.name)
     if listing is None:
-        raise SuiteError(f"Unknown suite `{choice.name}`; {nearest(choice.name, list(_BY_NAME))}.")
+        raise SuiteError(f"Unknown suite `{choice.name}`; {nearest(choice.name, list(_BY_NAME))}")
     if not listing.needs_path:
         if choice.path is not None:
             raise SuiteError(

@@ -110,7 +110,7 @@ def _safety_heads(source: SourceModel, prompts: Rows, config: PruneConfig) -> li
     """The heads to protect, strongest first."""
     if not config.safety_heads:
         return []
-    check_heads(config, query_heads(source.model) * len(block_paths(source.model)))
+    check_heads(config.safety_heads, query_heads(source.model) * len(block_paths(source.model)))
     scores = head_scores(source.model, prompts, pad_id=source.tokenizer.pad_id, batch_size=BATCH_SIZE)
     return strongest_heads(scores, config.safety_heads)
 

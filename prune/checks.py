@@ -93,12 +93,12 @@ def check_sets(config: PruneConfig, safety: int, utility: int) -> None:
             )
 
 
-def check_heads(config: PruneConfig, heads: int) -> None:
-    """Refuse to protect more heads than there are."""
-    if config.safety_heads > heads:
+def check_heads(asked: int, heads: int) -> None:
+    """Refuse more safety heads than there are heads."""
+    if asked > heads:
         raise PruneError(
-            f"Expected at most {heads} safety heads to protect, the attention heads of the model, got "
-            f"{config.safety_heads}: lower `safety_heads`."
+            f"Expected at most {heads} safety heads, the attention heads of the model, got {asked}: lower "
+            "`safety_heads`."
         )
 
 

@@ -55,18 +55,7 @@ def search(
     reference = OnnxLanguageModel.open(export_folder)
     answers = reference.generate(judged, max_new_tokens=ANSWER_TOKENS)
     labels = [label_answer(reference.tokenizer.decode(answer)) for answer in answers]
-    result = tune(
-        export_folder,
-        modules,
-        chosen,
-        judged,
-        labels,
-        tolerance_frac=config.tolerance_frac,
-        time_budget_s=config.time_budget_s,
-        max_trials=config.max_trials,
-        seed=seed,
-        keep_best=config.keep_best,
-    )
+    result = tune(export_folder, modules, chosen, judged, labels, config, seed=seed)
     report = TuningReport(
         prompts=len(judged),
         baseline=result.baseline,

@@ -17,6 +17,7 @@ from holdfast.errors import ExitCode, HoldfastError, InterruptedRun
 COMMANDS = (
     "run",
     "prune",
+    "recover",
     "sensitivity",
     "calibrate",
     "export",

@@ -24,7 +24,7 @@ from holdfast.cli.options import (
 )
 from holdfast.config import decode, encode
 from holdfast.extras import require_extra
-from holdfast.files import atomic_folder
+from holdfast.files import atomic_folder, refuse_existing
 from holdfast.recipe import Recipe
 
 
@@ -55,10 +55,11 @@ def command(
 
     Writes a model folder (scales folded) with calibration.json and the codes beside the weights.
     """
+    refuse_existing(out, overwrite=overwrite)
+    recipe = _recipe(aligned or model, base, flags)
     require_extra("export", "`holdfast calibrate`")
     from holdfast.job import calibrate_blocks, prepare, prepare_data
 
-    recipe = _recipe(aligned or model, base, flags)
     if recipe.calibrate.scope == "blocks":
         prompts = prepare_data(recipe)[1]
         with atomic_folder(out, overwrite=overwrite) as fresh:

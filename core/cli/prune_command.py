@@ -22,7 +22,7 @@ from holdfast.cli.options import (
 from holdfast.config import decode
 from holdfast.errors import UsageError
 from holdfast.extras import require_extra
-from holdfast.files import atomic_folder, write_json
+from holdfast.files import atomic_folder, refuse_existing, write_json
 from holdfast.recipe import PRUNE_METHODS, STRUCTURE_KINDS, PruneConfig, StructuredConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = PruneConfig()
 STRUCTURED = StructuredConfig()
+SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
 
 
 @click.command("prune")
@@ -47,7 +48,7 @@ STRUCTURED = StructuredConfig()
 @click.option(
     "--sparsity",
     "sparsity_frac",
-    type=float,
+    type=click.FloatRange(0.0, 1.0, max_open=True),
     help=f"Share of the weights set to zero.  [default: {DEFAULTS.sparsity_frac}, or what --pattern says]",
 )
 @click.option(
@@ -75,7 +76,7 @@ STRUCTURED = StructuredConfig()
 @click.option(
     "--safety-top",
     "safety_top_frac",
-    type=float,
+    type=SHARE,
     default=DEFAULTS.safety_top_frac,
     show_default=True,
     help="q of set-difference: this top of safety is protected ...",
@@ -83,14 +84,14 @@ STRUCTURED = StructuredConfig()
 @click.option(
     "--utility-top",
     "utility_top_frac",
-    type=float,
+    type=SHARE,
     default=DEFAULTS.utility_top_frac,
     show_default=True,
     help="... without this top of utility, p.",
 )
 @click.option(
     "--safety-heads",
-    type=int,
+    type=click.IntRange(min=0),
     default=DEFAULTS.safety_heads,
     show_default=True,
     help="Attention heads to protect, those that refusals hang on most.",
@@ -105,7 +106,7 @@ STRUCTURED = StructuredConfig()
 @click.option("--base", help="Folder or hub name of the base, or `ablate`; for --safety-loss contrastive.")
 @click.option(
     "--response-tokens",
-    type=int,
+    type=click.IntRange(min=1),
     default=DEFAULTS.response_tokens,
     show_default=True,
     help="Tokens of the model's own answers that gradients are taken on.",
@@ -118,7 +119,7 @@ STRUCTURED = StructuredConfig()
 )
 @click.option(
     "--remove-frac",
-    type=float,
+    type=SHARE,
     help=f"Share of the decoder blocks' weights to remove.  [default: {STRUCTURED.sparsity_frac}]",
 )
 @click.option("--allow-zeros", is_flag=True, help="Prune a model further that is sparse already.")
@@ -145,19 +146,22 @@ def command(
     are gone for real.
     """
     config = _config(settings, base)
+    refuse_existing(out, overwrite=overwrite)
     require_extra("export", "`holdfast prune`")
     from holdfast.exporter.source import load_source, save_source
     from holdfast.prune.apply import prune_model
+    from holdfast.prune.checks import check_config
     from holdfast.prune.report import prune_record
     from holdfast.prune.structured.prune import prune_structures
     from holdfast.quantize.prompts.draw import load_calibration
     from holdfast.quantize.prompts.sequences import chat_prompts
 
-    source = load_source(model)
+    check_config(config, {})
     prompts = load_calibration(calibration_data, samples, seed)
+    harmful = [prompt.kind == "harmful" for prompt in prompts]
+    source = load_source(model)
     negative = None if base is None else _negative(source, base, prompts)
     ids = chat_prompts(source.tokenizer, [prompt.prompt for prompt in prompts])
-    harmful = [prompt.kind == "harmful" for prompt in prompts]
     with atomic_folder(out, overwrite=overwrite) as fresh:
         removed = None
         if config.structured is not None:

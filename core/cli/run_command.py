@@ -15,6 +15,7 @@ from holdfast.recipe import (
     KV_CACHES,
     PRUNE_METHODS,
     RANGES,
+    RECOVERY_OBJECTIVES,
     TARGETS,
     Recipe,
     anchored,
@@ -34,6 +35,8 @@ FLAGS: dict[str, str] = {
     "threads": "threads",
     "prune_method": "prune.method",
     "sparsity": "prune.sparsity_frac",
+    "rounds": "prune.rounds",
+    "recover": "recover.objective",
     "method": "calibrate.method",
     "loss": "calibrate.loss",
     "alphas": "calibrate.alphas",
@@ -57,6 +60,8 @@ FLAGS: dict[str, str] = {
 @click.option("--out", type=FOLDER, help="The bundle's folder.  [default: NAME-bundle, here]")
 @click.option("--prune-method", type=click.Choice(PRUNE_METHODS), help="How to prune.")
 @click.option("--sparsity", type=float, help="Share of weights to prune, 0 to below 1.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Prune, recover and look at the gate so often.")
+@click.option("--recover", type=click.Choice(RECOVERY_OBJECTIVES), help="How to repair the pruned model.")
 @click.option("--method", type=click.Choice(CALIBRATION_METHODS), help="Calibration method.")
 @loss_option
 @alphas_option

@@ -25,6 +25,7 @@ from holdfast.config import decode, encode
 from holdfast.errors import UsageError
 from holdfast.extras import require_extra
 from holdfast.files import refuse_existing, to_json, write_text
+from holdfast.quantize.formats import parse_scheme
 from holdfast.recipe import QuantizeConfig, Recipe, anchored
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def command(
     on held-out prompts, and write a recipe for `holdfast run`.
     """
     _check(out, plot, overwrite, auto, flags)
+    recipe = _recipe(model, flags)
+    for scheme in flags["schemes"].split(","):
+        parse_scheme(scheme, recipe.quantize)
     require_extra("export", "`holdfast sensitivity`")
     if plot is not None:
         require_extra("plots", "`--plot`")
@@ -103,15 +107,19 @@ def command(
     from holdfast.study import study_sensitivity, validate
 
     study = study_sensitivity(
-        prepare(_recipe(model, flags)), flags["schemes"].split(","), draws=flags["draws"]
+        prepare(recipe),
+        flags["schemes"].split(","),
+        draws=flags["draws"],
+        total_bytes=flags["budget_bytes"],
+        bits=flags["bits"],
     )
     result, lines = _table(study, flags["safety_weight"])
     if validated:
         correlations, measured = validate(study)
         result |= {"rank_correlations": correlations, "brute_force": [asdict(entry) for entry in measured]}
         lines += _correlation_lines(correlations)
-    if flags["bits"] is not None or flags["budget_bytes"] is not None:
-        chosen, more = _allocate(study, auto, flags, lines)
+    if study.budget_bytes is not None:
+        chosen, more = _allocate(study, study.budget_bytes, auto, flags, lines)
         result |= more
         if out is not None and out.suffix != ".json":
             write_text(out, _recipe_text(study, chosen))
@@ -198,13 +206,12 @@ def _correlation_lines(correlations: dict[str, Any]) -> list[str]:
 
 
 def _allocate(
-    study: Study, auto: bool, flags: dict[str, Any], lines: list[str]
+    study: Study, budget: int, auto: bool, flags: dict[str, Any], lines: list[str]
 ) -> tuple[Allocation, dict[str, Any]]:
     """The allocation to keep, and what is printed of it."""
     from holdfast.quantize.allocation.units import stored_bits
-    from holdfast.study import best_allocations, first_passing, unit_budget
+    from holdfast.study import best_allocations, first_passing
 
-    budget = unit_budget(study, total_bytes=flags["budget_bytes"], bits=flags["bits"])
     settings = {"candidates": flags["candidates"], "safety_weight": flags["safety_weight"]}
     more: dict[str, Any] = {"budget_bytes": budget}
     if auto:

@@ -68,19 +68,33 @@ def plan_structured(
         PruneError: a share outside [0, 1), more than these kinds hold, or less than the smallest step;
             heads of an architecture whose config cannot say it; no kind.
     """
-    model, shape = source.model, shape_of(source.model)
-    _check_request(source, sparsity_frac, kinds, channel_multiple)
+    shapes = possible_shapes(source, sparsity_frac, kinds, channel_multiple)
     if sparsity_frac == 0.0:
         return replace(plan_counts(source, scores), asked_frac=0.0)
-    weights = block_weights(model)
-    shapes = list(_shapes(shape, weights, sparsity_frac, kinds, channel_multiple))
-    most = _removed(shape, _smallest(shape, kinds, channel_multiple), weights)
-    nearest = max((_removed(shape, other, weights) for other in shapes), default=0.0)
-    _check_reach(source, sparsity_frac, kinds, most, nearest)
+    shape, weights = shape_of(source.model), block_weights(source.model)
+    nearest = max(_removed(shape, other, weights) for other in shapes)
     losses = _Losses(scores, shape)
     near = [s for s in shapes if _removed(shape, s, weights) >= nearest - SLACK_FRAC]
     best = min((s for s in near if s != shape), key=lambda s: losses.of(s) / _removed(shape, s, weights))
     return replace(_choose(scores, shape, best), asked_frac=sparsity_frac)
+
+
+def possible_shapes(
+    source: SourceModel, sparsity_frac: float, kinds: Collection[Kind], channel_multiple: int
+) -> list[Shape]:
+    """What `plan_structured` chooses among; needs no scores, so that a request can be refused before them.
+
+    Raises:
+        PruneError: as `plan_structured`.
+    """
+    _check_request(source, sparsity_frac, kinds, channel_multiple)
+    shape, weights = shape_of(source.model), block_weights(source.model)
+    shapes = list(_shapes(shape, weights, sparsity_frac, kinds, channel_multiple))
+    most = _removed(shape, _smallest(shape, kinds, channel_multiple), weights)
+    nearest = max((_removed(shape, other, weights) for other in shapes), default=0.0)
+    if sparsity_frac > 0.0:
+        _check_reach(source, sparsity_frac, kinds, most, nearest)
+    return shapes
 
 
 def plan_counts(

@@ -8,7 +8,7 @@ from holdfast.errors import PruneError
 from holdfast.exporter.source import SourceModel
 from holdfast.prune.gradients import answer_batches, own_answers
 from holdfast.prune.structured.measure import BATCH_SIZE, measure_first_order, measure_structures
-from holdfast.prune.structured.plan import plan_structured
+from holdfast.prune.structured.plan import plan_structured, possible_shapes
 from holdfast.prune.structured.remove import StructuredReport, remove, report_removed
 from holdfast.prune.structured.scores import StructureScores, protect
 from holdfast.recipe import StructuredConfig
@@ -43,6 +43,7 @@ def prune_structures(
             f"{len(utility)} and {len(safety)}: give both kinds, or set "
             "`prune.structured.safety_weight` to 0."
         )
+    possible_shapes(source, config.sparsity_frac, config.kinds, config.channel_multiple)  # or refuses now
     scores = measure_structures(source, utility)
     if config.safety_weight:
         scores = protect(scores, _safety(source, safety, response_tokens), config.safety_weight)

@@ -54,7 +54,6 @@ def quantize(
     method: Method,
     prompts: Sequence[Sequence[int]],
     alpha: float | Literal["auto"] = "auto",
-    timeout_s: float = TIMEOUT_S,
     seed: int = 0,
 ) -> onnx.ModelProto:
     """The exported graph quantized by neural-compressor, checked; `read_ranges` says with which ranges.
@@ -68,7 +67,6 @@ def quantize(
             `smoothquant` for static inputs (weights in blocks are rounded to nearest then).
         prompts: calibration prompts, token ids.
         alpha: strength of SmoothQuant, 0 to 1; `auto` searches one for each input.
-        timeout_s: the worker is ended after it.
 
     Raises:
         MissingExtraError: neural-compressor is not installed.
@@ -80,7 +78,7 @@ def quantize(
     source = onnx.load(export_folder / GRAPH)
     with tempfile.TemporaryDirectory(prefix="holdfast-inc-") as name:
         folder = Path(name)
-        model = run_worker(export_folder, folder, asked, WORKER, timeout_s)
+        model = run_worker(export_folder, folder, asked, WORKER)
         if method == "smoothquant":
             smoothed = onnx.load(folder / inc_worker.SMOOTHED)
             require_same_function(check_written(source, smoothed, prompts), "SmoothQuant")

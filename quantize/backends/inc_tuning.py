@@ -22,7 +22,7 @@ from holdfast.extras import require_extra
 from holdfast.quantize.backends import inc, inc_score
 from holdfast.quantize.backends.inc_check import check_operators, check_written
 from holdfast.quantize.formats import Format
-from holdfast.recipe import QuantizeConfig
+from holdfast.recipe import QuantizeConfig, TuningConfig
 
 ANSWER_TOKENS = 32
 KILL_FACTOR, KILL_MARGIN_S = 2.0, 300.0  # the worker looks at the clock between trials only
@@ -83,14 +83,10 @@ def tune(
     formats: dict[str, Format],
     prompts: list[list[int]],
     reference_labels: Sequence[str],
+    config: TuningConfig,
     *,
-    tolerance_frac: float,
-    time_budget_s: float,
-    max_trials: int,
     seed: int,
-    samples: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = ANSWER_TOKENS,
-    keep_best: bool = False,
 ) -> TuningResult:
     """Search for a static configuration whose answers keep the fp32 model's labels.
 
@@ -99,36 +95,33 @@ def tune(
         formats: of the linears that may be quantized; 8-bit weights under static activations.
         prompts: held-out calibration prompts, token ids; never evaluation prompts.
         reference_labels: the fp32 model's label of each, see `holdfast.evals.judge`.
-        tolerance_frac: how far the score may be below the fp32 graph's, 0 to 1.
-        time_budget_s: no trial begins after it.
-        samples: prompts that ranges are measured on; None takes `prompts`.
-        keep_best: return the best candidate where none meets the criterion, instead of raising.
+        config: when to stop; its `prompts` is not read, all that are given count.
 
     Raises:
         MissingExtraError: neural-compressor is not installed.
         QuantizationError: no candidate met the criterion, or neural-compressor failed.
     """
     require_extra("inc", "accuracy-driven tuning")
-    _require_tunable(formats, prompts, reference_labels, tolerance_frac, max_trials)
-    asked = _request(export_folder, modules, formats, samples or prompts, seed) | {
+    _require_tunable(formats, prompts, reference_labels, config)
+    asked = _request(modules, formats, prompts, seed) | {
         "tuning": {
             "export_folder": str(export_folder.resolve()),
             "formats": {path: asdict(format) for path, format in formats.items()},
             "prompts": prompts,
             "labels": list(reference_labels),
-            "tolerance_frac": tolerance_frac,
-            "time_budget_s": time_budget_s,
-            "max_trials": max_trials,
+            "tolerance_frac": config.tolerance_frac,
+            "time_budget_s": config.time_budget_s,
+            "max_trials": config.max_trials,
             "max_new_tokens": max_new_tokens,
         }
     }
-    limit = KILL_FACTOR * time_budget_s + KILL_MARGIN_S
+    limit = KILL_FACTOR * config.time_budget_s + KILL_MARGIN_S
     with tempfile.TemporaryDirectory(prefix="holdfast-inc-") as name:
         model, failure = _run(export_folder, Path(name), asked, limit)
         baseline, trials = _read_trials(Path(name), failure)
         met = model is not None
         if model is None:
-            model = _best(Path(name), trials, baseline - tolerance_frac, failure, keep_best)
+            model = _best(Path(name), trials, baseline - config.tolerance_frac, failure, config.keep_best)
     result = TuningResult(model=model, trials=trials, met=met, baseline=baseline)
     kept = {path: format for path, format in formats.items() if path not in set(result.float32)}
     check_operators(model, modules, kept)
@@ -140,8 +133,7 @@ def _require_tunable(
     formats: Mapping[str, Format],
     prompts: Sequence[Sequence[int]],
     labels: Sequence[str],
-    tolerance_frac: float,
-    max_trials: int,
+    config: TuningConfig,
 ) -> None:
     for path, format in formats.items():
         if format.in_blocks or format.activation_bits is None:
@@ -157,15 +149,14 @@ def _require_tunable(
     unknown = set(labels) - set(LABELS)
     if unknown:
         raise QuantizationError(f"Tuning compares labels {', '.join(LABELS)}, and got `{min(unknown)}`.")
-    if not 0 <= tolerance_frac < 1 or max_trials < 1:
+    if not 0 <= config.tolerance_frac < 1 or config.max_trials < 1:
         raise QuantizationError(
-            f"Tuning takes a tolerance from 0 to below 1 and at least one trial, and got {tolerance_frac} "
-            f"and {max_trials}."
+            "Tuning takes a tolerance from 0 to below 1 and at least one trial, and got "
+            f"{config.tolerance_frac} and {config.max_trials}."
         )
 
 
 def _request(
-    export_folder: Path,
     modules: Mapping[str, GraphLinear],
     formats: Mapping[str, Format],
     samples: Sequence[Sequence[int]],

@@ -166,11 +166,13 @@ def learn_and_choose(
     with learned.attached():
         for alpha, mixture, losses in branching_runs(trials, from_start):
             states.append(learned.state())
-            candidates.append(exam.judge(working, learned, alpha=alpha, mixture=mixture, losses=losses))
+            with learned.frozen():
+                candidates.append(exam.judge(working, alpha=alpha, mixture=mixture, losses=losses))
         if trials.with_start:
             learned.load(start)
             states.append(start)
-            candidates.append(exam.judge(working, learned, alpha=0.0, mixture=None, losses=()))
+            with learned.frozen():
+                candidates.append(exam.judge(working))
     chosen = best(candidates, nearest=trials.nearest)
     learned.load(states[chosen])
     return candidates, candidates[chosen]

@@ -11,7 +11,6 @@ from holdfast.exporter.source import SourceModel
 from holdfast.exporter.torch_model import TorchLanguageModel
 from holdfast.quantize.learning.losses import References, contrastive_loss
 from holdfast.quantize.learning.reference_cache import position_logits
-from holdfast.quantize.learning.trained_weights import Trainee
 from holdfast.quantize.prompts.sequences import Batch, even_rows
 from holdfast.quantize.record import Candidate
 from holdfast.recipe import Mixture
@@ -37,17 +36,15 @@ class HeldOut:
     def judge(
         self,
         working: SourceModel,
-        learned: Trainee,
         *,
-        alpha: float,
-        mixture: Mixture | None,
-        losses: tuple[float, ...],
+        alpha: float = 0.0,
+        mixture: Mixture | None = None,
+        losses: tuple[float, ...] = (),
     ) -> Candidate:
-        """Answer with the attached quantized model and compare; it has to be attached."""
-        with learned.frozen():
-            model = TorchLanguageModel(working.model, working.tokenizer, "candidate", self.batch_size)
-            ids = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
-            changed, divergence = self.distance(working)
+        """Answer with the model as it is and compare; quantizers have to be attached."""
+        model = TorchLanguageModel(working.model, working.tokenizer, "candidate", self.batch_size)
+        ids = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
+        changed, divergence = self.distance(working)
         wanted = [label_answer(answer) for answer in self.answers]
         found = [label_answer(working.tokenizer.decode(answer)) for answer in ids]
         lost, gained, other = count_flips(wanted, found)

@@ -46,7 +46,7 @@ def test_every_command_has_help(name: str, capsys: Capture) -> None:
         (["run"], "Missing argument 'SOURCE'"),
         (["run", "m", "--bakend", "ort"], "No such option"),
         (["run", "m", "--backend", "tvm"], "'tvm' is not one of 'ort', 'inc'"),
-        (["run", "m", "--sparsity", "2"], "Expected `float` < 1.0 - at `prune.sparsity_frac`"),
+        (["run", "m", "--sparsity", "2"], "`prune.sparsity_frac` is 2.0: expected a number below 1.0."),
         (["run", "m", "--suite", "=x"], "--suite expects NAME or NAME=PATH"),
         (["quantize", "m"], "Missing option '--out'"),
         (["bench"], "Missing argument 'ARTIFACTS...'"),
@@ -67,6 +67,13 @@ def test_a_missing_model(command: str, tmp_path: Path, capsys: Capture) -> None:
     sentence = fails(capsys, [command, str(tmp_path / "none"), "--out", str(tmp_path / "b")], 1)
     assert "none" in sentence
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "export", "prune", "calibrate", "quantize"])
+def test_an_existing_folder_is_refused_first(command: str, tmp_path: Path, capsys: Capture) -> None:
+    """Before hours of work, and even before the model is looked for."""
+    sentence = fails(capsys, [command, str(tmp_path / "none"), "--out", str(tmp_path)], 1)
+    assert f"{tmp_path} exists already: choose another --out, or pass --overwrite" in sentence
 
 
 @pytest.mark.parametrize("command", ["verify", "serve", "inspect"])

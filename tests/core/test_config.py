@@ -23,10 +23,43 @@ from holdfast.recipe import Recipe, make_recipe, read_recipe, recipe_yaml
             {"model": "m", "evaluate": {"suites": [{"nam": "refusal"}]}},
             "unknown key `evaluate.suites[0].nam`; did you mean `name`?",
         ),
-        ({"model": "m", "prune": {"sparsity_frac": 1.5}}, "Expected `float` < 1.0"),
-        ({"model": "m", "quantize": {"backend": "tvm"}}, "Invalid enum value 'tvm'"),
-        ({"model": "m", "seed": "zero"}, "Expected `int`, got `str`"),
-        ({"model": "m", "evaluate": {"suites": []}}, "Expected `array` of length >= 1"),
+        (
+            {"model": "m", "prune": {"sparsity_frac": 1.5}},
+            "`prune.sparsity_frac` is 1.5: expected a number below 1.0.",
+        ),
+        (
+            {"model": "m", "quantize": {"backend": "tvm"}},
+            "`quantize.backend` is 'tvm': expected `ort` or `inc`.",
+        ),
+        (
+            {"model": "m", "prune": {"structured": {"kinds": ["head"]}}},
+            "`prune.structured.kinds[0]` is 'head': expected `heads`, `channels` or `blocks`.",
+        ),
+        ({"model": "m", "quantize": {"block_size": 48}}, "is 48: expected `16`, `32`, `64` or `128`."),
+        ({"model": "m", "version": 2}, "`version` is 2: expected `1`."),
+        ({"model": "m", "seed": "zero"}, "`seed` is 'zero': expected `int`, got `str`."),
+        ({"model": "m", "seed": -1}, "`seed` is -1: expected a number of at least 0."),
+        ({"model": "m", "calibrate": {"alphas": [0, -1.5]}}, "`calibrate.alphas[1]` is -1.5: expected"),
+        ({"model": "m", "evaluate": {"margin_frac": 0}}, "is 0: expected a number above 0.0."),
+        ({"model": "m", "calibrate": {"smooth_fracs": []}}, "is []: expected 1 or more entries."),
+        (
+            {"model": "m", "quantize": {"scheme": "w8a1"}},
+            "`quantize.scheme` is 'w8a1': expected `none`, or `w` with 2, 4 or 8, followed for static "
+            "activations by `a` with 2 to 8.",
+        ),
+        (
+            {"model": "m", "quantize": {"mixed": {"lm_head": "w5"}}},
+            "`quantize.mixed[...]` is {'lm_head': 'w5'}: expected `none`, or `w` with 2, 4 or 8",
+        ),
+        (
+            {"model": "m", "prune": {"pattern": "two"}},
+            "is 'two': expected `unstructured`, or n:m such as 2:4.",
+        ),
+        (
+            {"model": "m", "prune": {"sparsityfrac": 0.5}},
+            "`prune.sparsityfrac`; did you mean `sparsity_frac`?",
+        ),
+        ({"model": "m", "prune": "wanda"}, "`prune` is 'wanda': expected `object`, got `str`."),
         ({}, "missing required field `model`"),
     ],
 )
@@ -35,6 +68,7 @@ def test_what_does_not_fit_is_refused_by_name(data: dict[str, Any], sentence: st
         make_recipe(data, {}, what="recipe.yaml")
     assert str(caught.value).startswith("recipe.yaml: ")
     assert sentence in str(caught.value)
+    assert str(caught.value).endswith((".", "?")) and not str(caught.value).endswith("?.")
     assert caught.value.exit_code == ExitCode.USAGE
 
 

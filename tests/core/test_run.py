@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from holdfast import assemble, job, pipeline
+from holdfast import assemble, job, pipeline, pruning
 from holdfast.bundle import open_bundle
 from holdfast.cli import run_cli
 from tests.core.conftest import write_recipe
@@ -24,7 +24,7 @@ STEPS = ["baseline", "reference-export", "prune", "calibrate", "export", "quanti
 WORKERS: dict[str, tuple[ModuleType, str]] = {
     "baseline": (pipeline, "save_suites"),
     "reference-export": (pipeline, "export_source"),
-    "prune": (pipeline, "save_source"),
+    "prune": (pruning, "save_source"),
     "calibrate": (job, "calibrate"),
     "quantize": (pipeline, "quantize_bundle"),
     "evaluate": (pipeline, "answer_suites"),

@@ -66,13 +66,28 @@ def test_the_table_for_a_person(tiny_pair: Pair, capsys: Capture) -> None:
         (["--schemes", "w4,w5"], 1, "There is no scheme `w5`"),
         (["--schemes", "w4,w2", "--bits", "2"], 1, "below the smallest possible size"),
         (["--schemes", "w4", "--budget-bytes", "1000"], 1, "of them embeddings, norms and biases"),
+        (["--schemes", "w4,w4"], 1, "Expected different schemes to choose among, got w4, w4"),
+        (["--block-size", "48"], 2, "`quantize.block_size` is 48: expected `16`, `32`, `64` or `128`."),
     ],
 )
-def test_bad_input(flags: list[str], code: int, sentence: str, tiny_pair: Pair, capsys: Capture) -> None:
+def test_bad_input_is_refused_before_anything_is_measured(
+    flags: list[str],
+    code: int,
+    sentence: str,
+    tiny_pair: Pair,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("holdfast.study.make_exam", None)
     assert run_cli(arguments(tiny_pair, *flags)) == code
     captured = capsys.readouterr()
     assert sentence in captured.err.strip().splitlines()[-1]
     assert captured.out == ""
+
+
+def test_a_scheme_that_there_is_not_is_refused_before_the_model_is_read(capsys: Capture) -> None:
+    assert run_cli(["sensitivity", "nowhere", "--schemes", "w4,w3"]) == 1
+    assert "There is no scheme `w3`: expected `none`, or `w` with 2, 4 or 8" in capsys.readouterr().err
 
 
 def test_auto_says_that_a_random_model_never_passes(tiny_pair: Pair, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from holdfast.prune.activations import first_block_batches, input_norms
 from holdfast.prune.apply import prune_model
 from holdfast.prune.block_scores import snip_of
 from holdfast.prune.gradients import answer_batches, own_answers
-from holdfast.prune.scores.set_difference import safety_critical
+from holdfast.prune.scores.set_difference import top
 from holdfast.prune.scores.ships import head_channels
 from holdfast.recipe import ExportConfig, PruneConfig
 from tests.tiny import LINES, tiny_llama, tiny_model
@@ -277,7 +277,7 @@ def test_planted_safety_weights_stay(tmp_path: Path, rest: str) -> None:
     for index, path in enumerate(block_paths(dense.model)):
         inside = {name: module for name, module in linears.items() if name.startswith(path)}
         scores = [snip_of(dense.model, inside, index, part) for part in batches]
-        critical |= {name: safety_critical(scores[0][name], scores[1][name], 0.2, 0.1) for name in inside}
+        critical |= {name: top(scores[0][name], 0.2) & ~top(scores[1][name], 0.1) for name in inside}
         for part in batches:
             advance(dense.model.get_submodule(path), [batch.state for batch in part], index)
     for method in (rest, "set-difference"):
@@ -393,7 +393,7 @@ def test_a_pattern_that_does_not_divide_a_layer(tmp_path: Path) -> None:
         ),
         (
             {"safety_heads": 9},
-            "Expected at most 8 safety heads to protect, the attention heads of the model, got 9: lower "
+            "Expected at most 8 safety heads, the attention heads of the model, got 9: lower "
             "`safety_heads`.",
         ),
     ],

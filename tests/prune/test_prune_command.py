@@ -79,11 +79,19 @@ def test_zeros_after_structures(models: tuple[str, str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--sparsity", "1"], "Expected `float` < 1.0 - at `sparsity_frac`"),
+        (["--sparsity", "1"], "Invalid value for '--sparsity': 1.0 is not in the range 0.0<=x<1.0."),
+        (
+            ["--remove", "heads", "--remove-frac", "1"],
+            "'--remove-frac': 1.0 is not in the range 0.0<x<1.0.",
+        ),
+        (["--safety-heads", "-1"], "'--safety-heads': -1 is not in the range x>=0."),
         (["--remove-frac", "0.5"], "--remove-frac is the share of what --remove names"),
-        (["--remove", "heads,layers"], "'layers'"),
-        (["--pattern", "two"], "at `pattern`"),
-        (["--lambda", "-1"], "Expected `float` >= 0.0 - at `safety_weight`"),
+        (
+            ["--remove", "heads,layers"],
+            "`structured.kinds[1]` is 'layers': expected `heads`, `channels` or `blocks`.",
+        ),
+        (["--pattern", "two"], "`pattern` is 'two': expected `unstructured`, or n:m such as 2:4."),
+        (["--lambda", "-1"], "'--lambda': -1.0 is not in the range x>=0.0."),
         (["--base", "x"], "--safety-loss contrastive and --base go together: give both, or neither."),
         (["--safety-loss", "contrastive"], "--safety-loss contrastive and --base go together"),
     ],
@@ -92,5 +100,39 @@ def test_what_is_refused(
     models: tuple[str, str], tmp_path: Path, capsys: Capture, options: list[str], sentence: str
 ) -> None:
     assert run_cli(["prune", models[0], "--out", str(tmp_path / "a"), *options]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--pattern", "4:2", "--remove", "blocks"], "The pattern 4:2 drops nothing"),
+        (["--pattern", "3:7"], "The pattern 3:7 needs input channels in whole groups of 7"),
+        (["--remove", "heads", "--remove-frac", "0.9"], "Removing heads takes at most"),
+        (["--safety-heads", "4000"], "Expected at most 8 safety heads"),
+        (["--calibration-data", "{harmless}", "--method", "set-difference"], "holds no harmful"),
+    ],
+)
+def test_what_the_model_cannot_give_is_refused_before_it_is_measured(
+    models: tuple[str, str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    sentence: str,
+) -> None:
+    for name in (
+        "prune.structured.prune.measure_structures",
+        "prune.apply.head_scores",
+        "prune.apply.own_answers",
+        "prune.apply.first_block_batches",
+    ):
+        monkeypatch.setattr(f"holdfast.{name}", None)  # nothing is measured
+    harmless = tmp_path / "harmless.jsonl"
+    lines = [json.dumps({"prompt": f"Name river number {n}.", "kind": "neutral"}) for n in range(12)]
+    harmless.write_text("\n".join(lines))
+    options = [option.format(harmless=harmless) for option in options]
+    assert run_cli(["prune", models[0], "--out", str(tmp_path / "a"), "--samples", "12", *options]) == 1
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -8,7 +8,7 @@ import torch
 
 from holdfast.prune.masks import keep_highest
 from holdfast.prune.scores.combined import combined_scores, normalised
-from holdfast.prune.scores.set_difference import safety_critical, top
+from holdfast.prune.scores.set_difference import top
 from holdfast.prune.scores.ships import head_channels, ships_scores, strongest_heads
 from holdfast.prune.scores.snip import (
     add_gradients,
@@ -112,13 +112,13 @@ def test_a_layer_without_any_score_stays_finite() -> None:
 def test_set_difference_by_hand() -> None:
     """Top half of safety: columns 0 and 1. Utility's top quarter is column 0: column 1 is protected."""
     safety, utility = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[9.0, 1.0, 2.0, 3.0]])
-    assert safety_critical(safety, utility, 0.5, 0.25).tolist() == [[False, True, False, False]]
+    assert (top(safety, 0.5) & ~top(utility, 0.25)).tolist() == [[False, True, False, False]]
 
 
 def test_set_difference_against_numpy() -> None:
     generator = np.random.default_rng(3)
     safety, utility = generator.random((2, 8, 25), dtype=np.float32)
-    found = safety_critical(torch.from_numpy(safety), torch.from_numpy(utility), 0.1, 0.2).numpy()
+    found = (top(torch.from_numpy(safety), 0.1) & ~top(torch.from_numpy(utility), 0.2)).numpy()
     highest = [set(np.argsort(-s.ravel())[:n].tolist()) for s, n in ((safety, 20), (utility, 40))]
     assert set(np.flatnonzero(found).tolist()) == highest[0] - highest[1]
 
@@ -133,7 +133,7 @@ def test_planted_safety_weights_survive_where_wanda_drops_them() -> None:
     utility = snip_scores(weight, torch.rand(16, 32, generator=generator))
     safety = snip_scores(weight, torch.where(planted, 1000.0, torch.rand(16, 32, generator=generator)))
     wanda = wanda_scores(weight, norms)
-    protected = safety_critical(safety, utility, 0.05, 0.1)
+    protected = top(safety, 0.05) & ~top(utility, 0.1)
     assert not keep_highest(wanda, 0.5)[planted].any()
     assert keep_highest(wanda, 0.5, protected)[planted].all()
     assert (keep_highest(wanda, 0.5, protected).sum(dim=1) == 16).all()

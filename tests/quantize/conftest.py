@@ -9,7 +9,7 @@ from holdfast.exporter.source import SourceModel, load_source
 from holdfast.quantize.calibrate import Calibration, calibrate
 from holdfast.quantize.prompts.draw import CalibrationPrompt, load_calibration
 from holdfast.quantize.prompts.sequences import chat_prompts
-from holdfast.recipe import CalibrateConfig, ExportConfig, QuantizeConfig
+from holdfast.recipe import CalibrateConfig, ExportConfig, QuantizeConfig, TargetName
 from tests.tiny import tiny_llama
 
 SHORT = CalibrateConfig(samples=24, steps=3, batch_size=8, alphas=(0.3,), response_tokens=4, top_k=50)
@@ -65,3 +65,25 @@ def cases(
         calibration = calibrate(aligned, negative.model, SHORT, config, prompts=prompts, seed=0)
         made[name] = Case(calibration, config, tmp_path_factory.mktemp(name))
     return made
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("checkpoint"), seed=3)
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as a graph of ONNX's own operators."""
+    return exported(checkpoint, tmp_path_factory.mktemp("plain"), "portable")
+
+
+@pytest.fixture(scope="session")
+def fused(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with attention as one operator."""
+    return exported(checkpoint, tmp_path_factory.mktemp("fused"), "cpu-x86")
+
+
+def exported(checkpoint: Path, out: Path, target: TargetName) -> Path:
+    export_model(checkpoint, out, ExportConfig(target=target))
+    return out

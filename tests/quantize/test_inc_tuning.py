@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from holdfast.quantize.backends.inc_score import agreement
 from holdfast.quantize.backends.inc_tuning import TuningResult, tune
 from holdfast.quantize.formats import Format
 from holdfast.quantize.graph import Graph, read_static
-from holdfast.recipe import ExportConfig
+from holdfast.recipe import ExportConfig, TuningConfig
 from holdfast.runtime.session import OnnxLanguageModel
 from tests.tiny import tiny_llama
 
@@ -42,16 +43,17 @@ def labels(folder: Path) -> list[str]:
 
 def tuned(folder: Path, labels: list[str], **given: object) -> TuningResult:
     modules = read_export(folder).modules
-    settings = {
+    settings: dict[str, Any] = {
         "formats": dict.fromkeys(modules, W8A8),
         "prompts": PROMPTS,
         "tolerance_frac": 0.0,
         "time_budget_s": 60.0,
         "max_trials": 3,
-        "seed": 0,
-        "max_new_tokens": 4,
-    }
-    return tune(folder, modules, reference_labels=labels, **(settings | given))  # type: ignore[arg-type]
+        "keep_best": False,
+    } | given
+    formats, prompts = settings.pop("formats"), settings.pop("prompts")
+    config = TuningConfig(**settings)
+    return tune(folder, modules, formats, prompts, labels, config, seed=0, max_new_tokens=4)
 
 
 def test_flips_in_both_directions_count() -> None:

@@ -1,0 +1,1 @@
+"""Repair of what pruning broke: training back towards the aligned model, or restoring its weights."""
