@@ -241,6 +241,8 @@ class RecoverConfig(Config, frozen=True):
         loss: of `contrastive`: `bounded`, `kl` (no push) or `apc`.
         alphas: weights of the push to choose among, see `calibrate.alphas`.
         pairs, beta: of `dpo`, see `calibrate.qat`.
+        hidden_weight: weight of the distance of the decoder blocks' outputs from the aligned model's,
+            beside the objective; 0 for none. The aligned model runs along for it.
         trained: `all` linear layers of the decoder blocks, or the weights of the `safety-heads` alone.
         lora_rank: rank of the adapters that are trained and merged; 0 trains the weights themselves.
         steps: optimizer steps of the run without a push.
@@ -257,12 +259,13 @@ class RecoverConfig(Config, frozen=True):
     alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.3)
     pairs: str | None = None
     beta: PositiveFloat = 0.1
+    hidden_weight: Annotated[float, Meta(ge=0.0)] = 3.0
     trained: Literal["all", "safety-heads"] = "all"
     lora_rank: NotNegative = 0
-    steps: Positive = 200
-    lr: PositiveFloat = 5e-4
+    steps: Positive = 150
+    lr: PositiveFloat = 1e-3
     batch_size: Positive = 24
-    response_tokens: Positive = 32
+    response_tokens: Positive = 16
     safety_heads: Positive = 10
     safety_top_frac: OpenFraction = 0.5
     utility_top_frac: OpenFraction = 0.7

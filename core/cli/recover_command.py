@@ -50,6 +50,13 @@ DEFAULTS = RecoverConfig()
 @click.option("--pairs", type=FOLDER, help="JSONL of prompt, chosen and rejected, for --objective dpo.")
 @click.option("--beta", type=float, default=DEFAULTS.beta, show_default=True, help="DPO's temperature.")
 @click.option(
+    "--hidden-weight",
+    type=float,
+    default=DEFAULTS.hidden_weight,
+    show_default=True,
+    help="Weight of the distance of the blocks' outputs from the aligned model's; 0 for none.",
+)
+@click.option(
     "--trained",
     type=click.Choice(["all", "safety-heads"]),
     default=DEFAULTS.trained,

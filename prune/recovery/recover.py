@@ -1,6 +1,6 @@
 """Recovery: a pruned model back towards the aligned one, with its zeros held.
 
-    contrastive     distillation: the calibration loss on the aligned model's answers
+    contrastive     distillation: the calibration loss on the aligned model's answers, and hidden states
     dpo             preference of its answers over the unaligned model's, with KL on the other prompts
     safety-heads    pruned weights of the heads that refusals hang on, restored (see `restore`)
 
@@ -29,6 +29,7 @@ from holdfast.prune.checks import check_heads
 from holdfast.prune.gradients import AnswerBatch, answer_batches, own_answers
 from holdfast.prune.heads import head_scores, query_heads
 from holdfast.prune.recovery.heads import head_weights
+from holdfast.prune.recovery.hidden import with_hidden
 from holdfast.prune.recovery.record import RecoveryRecord
 from holdfast.prune.recovery.restore import restorable
 from holdfast.prune.scores.ships import Head, strongest_heads
@@ -163,7 +164,11 @@ def _train(assignment: Assignment, exam: HeldOut, config: RecoverConfig, heads: 
         linears = {path: linear for path, linear in linears.items() if path in chosen}
     lesson, pairs = lesson_of(assignment)
     trained = TrainedWeights(linears, config.lora_rank, assignment.seed, chosen)
-    update = make_update(model, trained, linears, lesson, objective_of(model, lesson, pairs))
+    objective = objective_of(model, lesson, pairs)
+    if config.hidden_weight:
+        aligned = assignment.aligned.model
+        objective = with_hidden(objective, model, aligned, lesson.batch, config.hidden_weight)
+    update = make_update(model, trained, linears, lesson, objective)
 
     def course_of(mixture: Mixture | None) -> Course:
         optimizer = torch.optim.AdamW([weight_group(trained.parameters(), config.lr)])

@@ -1,4 +1,4 @@
-"""The command: measure what is missing, then write the page.
+"""The command: measure what is missing, then write its part of the page.
 
     python -m reference.results --data-dir ../shared/data --work build/results --out docs/results.md
 
@@ -10,10 +10,8 @@ groups. The sources of Holdfast are not part of that: after a change in them, me
 
 from __future__ import annotations
 
-import shutil
-import traceback
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,20 @@ import click
 import numpy as np
 
 from holdfast.config import encode
-from holdfast.errors import ExecutionError, HoldfastError
+from holdfast.errors import HoldfastError
 from holdfast.evals.suites import load_suites
 from holdfast.exporter.export import read_export
-from holdfast.files import write_text
 from holdfast.progress import say
 from holdfast.steps import StepRunner
 from reference.results.figures import Failed, Measured, PairFigures, References, pair_figures, read_measured
+from reference.results.kept import Problem, attempt, forget, refuse_defects
 from reference.results.measure import measure
 from reference.results.page import page
 from reference.results.plots import draw
 from reference.results.process import in_fresh_process
 from reference.results.rows import GROUPS, Group, Task, chosen_groups, tasks
-from reference.results.setup import Pair, Setup, make_setup
-
-ROOT = Path(__file__).resolve().parent.parent
-PAIRS = {"reference": ROOT, "second": ROOT / "second"}
-REPEATED_PAIR = "reference"  # the other is measured with one seed
-PICTURES = "results"  # folder beside the page
+from reference.results.sections import PICTURES, QUANTIZATION, write_section
+from reference.results.setup import PAIRS, REPEATED_PAIR, Pair, Setup, make_setup
 
 
 def measured(
@@ -56,20 +50,11 @@ def measured(
         recipe = encode(setup.pair.recipe(task))
         settings = {key: recipe[key] for key in ("calibrate", "quantize", "export", "seed", "threads")}
         settings |= {key: getattr(task.row, key) for key in ("maker", "allocation", "schemes")}
-        try:
-            step = runner.run(name, settings, [setup.key], _work(setup, task))
-        except HoldfastError as error:
-            yield _failed(task, str(error), expected=True)
-        except Exception as error:  # a defect in one row must not cost the hours of the others
-            traceback.print_exc()
-            yield _failed(task, f"{type(error).__name__}: {error}", expected=False)
+        step = attempt(task.slug, partial(runner.run, name, settings, [setup.key], _work(setup, task)))
+        if isinstance(step, Problem):
+            yield Failed(task, step.reason, step.expected)
         else:
             yield read_measured(task, step.folder, step.result, references)
-
-
-def _failed(task: Task, reason: str, *, expected: bool) -> Failed:
-    say(f"      {task.slug} failed: {reason}")
-    return Failed(task, reason, expected)
 
 
 def _work(setup: Setup, task: Task) -> Any:
@@ -93,13 +78,6 @@ def linear_parameters(graph: Path) -> int:
     """Weights of all linear layers of an exported model, packed ones counted once."""
     shapes = {linear.weight: linear.shape for linear in read_export(graph).modules.values()}
     return int(sum(np.prod(shape) for shape in shapes.values()))
-
-
-def forget(work: Path, pattern: str) -> None:
-    """Remove finished measurements whose folder is named like `pattern`, to measure them again."""
-    for folder in sorted(work.glob("*/rows/*")):
-        if fnmatchcase(folder.name, pattern):
-            shutil.rmtree(folder)
 
 
 @click.command()
@@ -133,7 +111,7 @@ def main(
     again: str | None,
     page_only: bool,
 ) -> None:
-    """Measure every row and write the page with its plots."""
+    """Measure every row and write this part of the page with its plots."""
     if again is not None:
         forget(work, again)
     chosen = chosen_groups(groups)
@@ -144,15 +122,11 @@ def main(
         wanted = tasks(chosen, seeds=seeds if name == REPEATED_PAIR else 1, rows=rows)
         found.append(measure_pair(pair, work, wanted, chosen, recorded_only=page_only))
     pictures = draw(found, out.parent / PICTURES)
-    write_text(out, page(found, [Path(PICTURES) / picture.name for picture in pictures], seeds=seeds))
+    text = page(found, [Path(PICTURES) / picture.name for picture in pictures], seeds=seeds)
+    write_section(out, QUANTIZATION, text)
     say(f"wrote {out} and {len(pictures)} plots")
-    defects = [
-        one.task.slug for pair in found for group in pair.groups for one in group.failed if not one.expected
-    ]
-    if defects:
-        raise ExecutionError(
-            f"{len(defects)} rows ended in an error that nobody foresaw: {', '.join(defects)}."
-        )
+    failed = [one for pair in found for group in pair.groups for one in group.failed]
+    refuse_defects([one.task.slug for one in failed if not one.expected])
 
 
 if __name__ == "__main__":

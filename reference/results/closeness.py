@@ -24,6 +24,7 @@ from holdfast.chat import user
 from holdfast.errors import SuiteError
 from holdfast.evals.suites import Suite
 from holdfast.files import write_json
+from holdfast.language_model import LanguageModel
 from holdfast.runtime.padding import left_pad
 from holdfast.runtime.session import OnnxLanguageModel, require_numbers
 
@@ -103,6 +104,13 @@ def compare(
         same_top_frac=same / positions,
         positions=int(positions),
     )
+
+
+def perplexity(model: LanguageModel, passages: Sequence[Passage]) -> float:
+    """`model`'s perplexity on the answers, in torch or in the runtime; what `compare` says of it too."""
+    prompts, answers = [p.prompt for p in passages], [p.answer for p in passages]
+    surprise = np.concatenate(model.token_logprobs(prompts, answers)).astype(np.float64)
+    return math.exp(-float(surprise.mean()))
 
 
 def _distributions(model: OnnxLanguageModel, passages: Sequence[Passage]) -> Iterator[Floats]:

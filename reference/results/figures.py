@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.alignment import load_answers
 from holdfast.bundle import ALIGNED, FP32_ONNX, TWIN
@@ -19,6 +19,8 @@ from reference.results.closeness import Closeness
 from reference.results.flips import Flips, count_flips, pooled
 from reference.results.process import Stage, highest_bytes, total_seconds
 from reference.results.rows import Group, Row, Task
+
+T = TypeVar("T")
 
 MADE_IN = ("allocate", "calibrate", "quantize")
 """Stages that a method costs; the export between them is the same for all."""
@@ -69,6 +71,12 @@ class Failed:
     expected: bool = True
 
 
+def median_of(found: Sequence[T], figure: Callable[[T], float]) -> T:
+    """The one with the median figure; of two in the middle, the one with the lower."""
+    ordered = sorted(found, key=figure)
+    return ordered[(len(ordered) - 1) // 2]
+
+
 @dataclass(frozen=True)
 class RowFigures:
     """A row over its seeds; at least one was measured."""
@@ -79,8 +87,7 @@ class RowFigures:
     @property
     def typical(self) -> Measured:
         """The measurement with the median number of flips; of two in the middle, the one with fewer."""
-        ordered = sorted(self.seeds, key=lambda measured: measured.flips.count)
-        return ordered[(len(ordered) - 1) // 2]
+        return median_of(self.seeds, lambda measured: measured.flips.count)
 
     def over_seeds(self, figure: Callable[[Measured], float]) -> Spread:
         """Median and range of a figure."""

@@ -12,7 +12,7 @@ import torch
 
 from holdfast.alignment import answer_suites, save_answers
 from holdfast.exporter.export import export_model, graph_bytes
-from holdfast.exporter.source import load_source
+from holdfast.exporter.source import SourceModel, load_source
 from holdfast.job import Job, prepare
 from holdfast.quantize.artifact.write import quantize_bundle
 from holdfast.quantize.record import CALIBRATION_FILE, read_record
@@ -72,13 +72,19 @@ def _make(setup: Setup, job: Job, task: Task, folder: Path, stages: Stages) -> M
     return by_recipe(setup, job, folder, stages)
 
 
-def by_recipe(setup: Setup, job: Job, folder: Path, stages: Stages) -> Made:
-    """Holdfast's own way, as `holdfast run` goes it."""
+def by_recipe(
+    setup: Setup, job: Job, folder: Path, stages: Stages, start: SourceModel | None = None
+) -> Made:
+    """Holdfast's own way, as `holdfast run` goes it.
+
+    Arguments:
+        start: what is calibrated, a pruned form of the aligned model; by default that itself.
+    """
     calibrated, artifact = folder / "model", folder / "artifact"
     calibrated.mkdir()
     artifact.mkdir()
     with stages.stage("calibrate"):
-        job.calibrate(job.aligned).save(calibrated)
+        job.calibrate(start or job.aligned).save(calibrated)
     with stages.stage("export"):
         exported = _export(setup, job, calibrated, folder / "onnx")
     with stages.stage("quantize"):

@@ -1,4 +1,4 @@
-"""docs/results.md, put together from tables and pictures."""
+"""The quantizers' part of docs/results.md, put together from tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reference.results.figures import GroupFigures, PairFigures
 from reference.results.goals import goals, line
 from reference.results.setup import MARGIN_FRAC
 
-HEAD = """# Results
+HEAD = """## Quantization
 
-Printed by `make results` (`python -m reference.results`), which measured everything here. On each pair
+`make results` (`python -m reference.results`) measured everything in this part. On each pair
 every row is compared with the same full-precision baseline, the aligned model in torch, prompt by prompt,
 with greedy answers of {tokens} tokens judged by the same rules, run by ONNX Runtime {runtime} on
 {processor}. XSTest and HarmBench (`standard`) were never trained or calibrated on. Rows of a scheme differ
@@ -47,7 +47,7 @@ How to read it:
   2511.07842 with its alpha of 0.75, as it is: nothing is chosen there.
 """
 
-PAIR_SECTION = """## The {name} pair
+PAIR_SECTION = """## Quantization, the {name} pair
 
 {linears:,} weights in linear layers; fp32 graph {size:,} bytes.
 
@@ -81,7 +81,7 @@ GROUP_SECTION = """### {title}
 
 
 def page(pairs: Sequence[PairFigures], pictures: Sequence[Path], *, seeds: int) -> str:
-    """The whole page.
+    """The whole part.
 
     Arguments:
         pictures: relative to the page.

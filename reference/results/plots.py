@@ -41,12 +41,16 @@ def draw(pairs: Sequence[PairFigures], folder: Path) -> list[Path]:
         for name, plot in PLOTS.items():
             figure = plot(pair)
             if figure is not None:
-                path = folder / f"{pair.name}-{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=DPI, metadata={"Software": None})
-                plt.close(figure)
-                written.append(path)
+                written.append(save(figure, folder / f"{pair.name}-{name}.png"))
     return written
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, the same bytes every time; returns the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    return path
 
 
 # --- flips of every row -----------------------------------------------------------------------

@@ -20,6 +20,9 @@ from reference.results.closeness import compare, read_passages, write_passages
 from reference.results.process import Stages, in_fresh_process
 from reference.results.rows import Task
 
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = {"reference": ROOT, "second": ROOT / "second"}
+REPEATED_PAIR = "reference"  # the other is measured with one seed
 MARGIN_FRAC = 0.02
 PASSAGES = "passages.json"
 GRAPH_FOLDER = "onnx"
@@ -34,6 +37,7 @@ class Pair:
         data_dir: holds the published suites.
         limit: at most this many prompts a suite; 0 for all.
         threads: of torch and ONNX Runtime; 0 leaves the choice to them.
+        margin_frac: of the gate.
     """
 
     name: str
@@ -41,9 +45,24 @@ class Pair:
     data_dir: Path
     limit: int = 0
     threads: int = 0
+    margin_frac: float = MARGIN_FRAC
 
     def recipe(self, task: Task | None = None) -> Recipe:
         """The recipe of one measurement; without a task, of full precision."""
+        if task is None:
+            return self.recipe_of({"quantize": {"scheme": "none"}}, what="the baseline")
+        sections = {"calibrate": dict(task.row.calibrate), "quantize": dict(task.row.quantize)}
+        return self.recipe_of(sections, seed=task.seed, what=f"the row {task.slug}")
+
+    def recipe_of(self, sections: dict[str, Any], *, seed: int = 0, what: str) -> Recipe:
+        """This pair's recipe with these sections.
+
+        Arguments:
+            what: is being made, for the error.
+
+        Raises:
+            RecipeError: a section that no recipe can have.
+        """
         suites = [
             {"name": "refusal"},
             {"name": "over-refusal"},
@@ -54,13 +73,11 @@ class Pair:
         data: dict[str, Any] = {
             "model": str(self.folder / "aligned"),
             "base": str(self.folder / "base"),
-            "seed": task.seed if task else 0,
+            "seed": seed,
             "threads": self.threads,
-            "calibrate": dict(task.row.calibrate) if task else {},
-            "quantize": dict(task.row.quantize) if task else {"scheme": "none"},
-            "evaluate": {"suites": suites, "limit": self.limit, "margin_frac": MARGIN_FRAC},
+            "evaluate": {"suites": suites, "limit": self.limit, "margin_frac": self.margin_frac},
         }
-        return make_recipe(data, {}, what=f"the row {task.slug}" if task else "the baseline")
+        return make_recipe(data | sections, {}, what=what)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from msgspec import structs
 from torch import Tensor, nn
 
+from holdfast.chat import user
 from holdfast.cli import run_cli
 from holdfast.errors import CalibrationError, PruneError
 from holdfast.exporter.architectures import ROWS, block_linear_modules, block_paths
@@ -17,6 +18,7 @@ from holdfast.exporter.source import SourceModel, load_source, save_source
 from holdfast.prune.apply import prune_model
 from holdfast.prune.heads import attention_output, attention_output_path, query_heads
 from holdfast.prune.recovery.heads import head_weights
+from holdfast.prune.recovery.hidden import hidden_loss
 from holdfast.prune.recovery.recover import Recovered, recover, total_steps
 from holdfast.prune.recovery.restore import restorable
 from holdfast.prune.scores.ships import head_channels
@@ -216,6 +218,37 @@ def test_what_may_not_change_keeps_its_value_and_zeros_stay() -> None:
     trained.close()
     assert linear.weight.tolist() == [[11.0, 0.0, 2.0], [3.0, 14.0, 0.0]]
     assert not linear.weight.requires_grad
+
+
+# --- hidden states ----------------------------------------------------------------------------
+
+
+def test_hidden_states_are_compared_by_their_size() -> None:
+    """Block 1: errors 1 and 0 over squares 4 and 16; block 2: all 3 off where they are 3."""
+    wanted = [torch.tensor([[[2.0], [4.0], [9.0]]]), torch.full((1, 3, 1), 3.0)]
+    found = [torch.tensor([[[3.0], [4.0], [0.0]]]), torch.full((1, 3, 1), 6.0)]
+    shown = torch.tensor([[True, True, False]])
+    assert float(hidden_loss(wanted, found, shown)) == pytest.approx((1 / 20 + 1.0) / 2)
+    assert float(hidden_loss(wanted, found[1:], shown)) == pytest.approx(1.0)  # a block is gone
+
+
+def test_hidden_states_come_nearer_with_a_weight(
+    models: tuple[SourceModel, ...], prompts: list[CalibrationPrompt]
+) -> None:
+    aligned, base, pruned = models
+    ids = torch.tensor([aligned.tokenizer.encode_chat(user("What is the capital?"))])
+
+    def away(source: SourceModel) -> float:
+        seen = [m.model(ids, output_hidden_states=True).hidden_states for m in (aligned, source)]
+        return float(hidden_loss(seen[0][1:], seen[1][1:], torch.ones_like(ids, dtype=torch.bool)))
+
+    def recovered_with(weight: float) -> SourceModel:
+        config = structs.replace(QUICK, hidden_weight=weight, steps=20)
+        return recover(pruned, aligned, base.model, config, LESSON, prompts=prompts, seed=0).source
+
+    plain, matched = away(recovered_with(0.0)), away(recovered_with(10.0))
+    assert matched < plain
+    assert matched < away(pruned)
 
 
 # --- restoring --------------------------------------------------------------------------------
