@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from holdfast.exporter.batching import length_batches, pad_left, positions
 from holdfast.exporter.walk import BlockBatch, first_inputs, run_block
+from holdfast.prune.dense_target import moment_update
 from holdfast.quantize.weights.gptq import hessian_update
 
 Add = Callable[[Tensor], None]
@@ -55,13 +56,40 @@ def input_norms(
 
 @torch.no_grad()
 def input_hessian(block: nn.Module, linear: nn.Linear, batches: Sequence[BlockBatch], index: int) -> Tensor:
-    """`X X'` of one linear's inputs over all tokens of all batches, float32 [in, in].
+    """`X X'` of one linear's inputs over all tokens of all batches, float64 [in, in].
 
-    One linear at a time, since those of a whole block can take more memory than the block.
+    One linear at a time, since those of a whole block can take more memory than the block; float64, so that
+    it can be factored where it is.
     """
-    total = torch.zeros(linear.in_features, linear.in_features)
+    total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
     _run_watched(block, [(linear, partial(hessian_update, total))], batches, index)
     return total
+
+
+@torch.no_grad()
+def input_moments(
+    block: nn.Module,
+    linear: nn.Linear,
+    batches: Sequence[BlockBatch],
+    dense_block: nn.Module,
+    dense_linear: nn.Linear,
+    dense_batches: Sequence[BlockBatch],
+    index: int,
+) -> tuple[Tensor, Tensor]:
+    """`X' X''` and `W X X''` of one linear, float32 [in, in] and [out, in]; see `dense_target`.
+
+    Arguments:
+        block, linear, batches: as in `input_hessian`; some of the block may be pruned already.
+        dense_block, dense_linear, dense_batches: the same unpruned; the rows of the batches are the same.
+    """
+    hessian, moment = torch.zeros(linear.in_features, linear.in_features), torch.zeros_like(linear.weight)
+    for batch, dense_batch in zip(batches, dense_batches, strict=True):
+        found: list[Tensor] = []
+        _run_watched(block, [(linear, found.append)], [batch], index)
+        _run_watched(dense_block, [(dense_linear, found.append)], [dense_batch], index)
+        hessian_update(hessian, found[0])
+        moment_update(moment, dense_linear.weight, found[1], found[0])
+    return hessian, moment
 
 
 def _add_squares(total: Tensor, tokens: Tensor) -> None:

@@ -40,7 +40,7 @@ from holdfast.prune.heads import head_scores, query_heads
 from holdfast.prune.masks import parse_pattern, pruned_count
 from holdfast.prune.report import PruneReport, make_report
 from holdfast.prune.scores.ships import Head, strongest_heads
-from holdfast.prune.sparsegpt import sparsegpt
+from holdfast.prune.sparsegpt import sparsegpt_
 from holdfast.recipe import PruneConfig
 
 BATCH_SIZE = 16
@@ -216,14 +216,14 @@ def _drop_with_update(
     for name, module in inside.items():
         hessian = input_hessian(block, module, evidence.stream, index)
         check_finite(name, hessian)
-        pruned, _ = sparsegpt(
+        sparsegpt_(
             module.weight,
             hessian,
             fracs[name],
             pattern=parse_pattern(config.pattern),
             protected=protected.get(name),
         )
-        module.weight.copy_(pruned)
+        del hessian  # before there is the next one
 
 
 @torch.no_grad()

@@ -112,6 +112,35 @@ def mean_gradients(
     return {name: total.div_(rows) for name, total in totals.items()}
 
 
+def output_importances(
+    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[AnswerBatch]
+) -> dict[str, float]:
+    """What an error in a linear's output costs the answers, to second order, of every linear at once.
+
+    The mean of (dL/dy)^2 over tokens and output channels: half of it, times a squared output error, is the
+    change of the loss by the diagonal of its empirical Fisher matrix, one value for a whole layer. The
+    answers are the model's own, so that their likelihood is at the top of what it can be and the first order
+    says little.
+
+    Arguments:
+        linears: name -> linear inside any block.
+        batches: before the first block; they are left there.
+
+    Returns:
+        name -> nats^2 per squared unit of output.
+    """
+    sums = {name: torch.zeros((), dtype=torch.float64) for name in linears}
+    watched = [(linears[name], partial(_add_squared, total)) for name, total in sums.items()]
+    for batch in batches:
+        _backward(model, batch, 0, watched)
+    tokens = sum(int(batch.batch.mask.sum()) for batch in batches)
+    return {name: float(total) / (tokens * linears[name].out_features) for name, total in sums.items()}
+
+
+def _add_squared(total: Tensor, values: Tensor, gradients: Tensor) -> None:
+    total += gradients.square().sum(dtype=torch.float64)  # 0 at padding
+
+
 Collect = Callable[[Tensor, Tensor], None]
 """Takes a linear's input and the gradient of its output, float32 [row, token, in] and [row, token, out]."""
 
@@ -119,7 +148,7 @@ Collect = Callable[[Tensor, Tensor], None]
 def _backward(
     model: nn.Module, answers: AnswerBatch, index: int, watched: Sequence[tuple[nn.Linear, Collect]]
 ) -> None:
-    """One batch forward from block `index` and back to it."""
+    """One batch forward from block `index` and back to it; the watched linears are in any of these blocks."""
     blocks = [model.get_submodule(path) for path in block_paths(model)]
     entering = [answers.state.hidden]
     with torch.no_grad():
@@ -128,13 +157,12 @@ def _backward(
     last = entering.pop().requires_grad_()
     logits = logits_from(model, answers.batch.inputs(), last, answers.batch.positions)
     (gradient,) = torch.autograd.grad(answers.losses(logits).sum(), last)
-    for number in reversed(range(index, len(blocks))):
-        hidden = entering.pop().detach().requires_grad_()
-        with ExitStack() as hooks:
-            if number == index:
-                for linear, collect in watched:
-                    handle = linear.register_forward_hook(partial(_watch, collect, hidden.shape[:2]))
-                    hooks.callback(handle.remove)
+    with ExitStack() as hooks:
+        for linear, collect in watched:
+            handle = linear.register_forward_hook(partial(_watch, collect, last.shape[:2]))
+            hooks.callback(handle.remove)
+        for number in reversed(range(index, len(blocks))):
+            hidden = entering.pop().detach().requires_grad_()
             output = run_block(blocks[number], hidden, answers.state.arguments[number])
             (gradient,) = torch.autograd.grad(output, hidden, gradient)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.errors import PruneError, QuantizationError
 from holdfast.prune.masks import Pattern, keep_all_but, keep_pattern, pruned_count
-from holdfast.quantize.weights.gptq import inverse_factor
+from holdfast.quantize.weights.inverse_factor import inverse_factor_
 
 MASK_COLUMNS = 128  # the paper's B_s and its lazy update's B, which are best equal
 DAMP_FRAC = 0.01  # lambda, as a share of the Hessian's mean diagonal
@@ -31,6 +31,7 @@ def sparsegpt(
     *,
     pattern: Pattern | None = None,
     protected: Tensor | None = None,
+    target: Tensor | None = None,
     damp_frac: float = DAMP_FRAC,
 ) -> tuple[Tensor, Tensor]:
     """A pruned weight with a small output error on the inputs that the Hessian was made of.
@@ -42,6 +43,8 @@ def sparsegpt(
             pattern.
         protected: bool [out, in], what goes last; see `masks`. It keeps its place, and its value is
             updated like any other.
+        target: float32 [out, in], whose output is to be kept instead of the weight's; see `dense_target`.
+            What is 0 in the weight stays 0.
 
     Returns:
         (weight, keep): float32 and bool [out, in]; the weight is 0 where `keep` is False.
@@ -49,21 +52,48 @@ def sparsegpt(
     Raises:
         PruneError: a Hessian that cannot be inverted.
     """
+    work = weight.clone()
+    hessian = hessian.to(torch.float64, copy=True)
+    keep = sparsegpt_(work, hessian, sparsity_frac, pattern=pattern, protected=protected, damp_frac=damp_frac)
+    return work, keep
+
+
+@torch.no_grad()
+def sparsegpt_(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity_frac: float,
+    *,
+    pattern: Pattern | None = None,
+    protected: Tensor | None = None,
+    damp_frac: float = DAMP_FRAC,
+) -> Tensor:
+    """As `sparsegpt`, in place: beside the weight and the Hessian there is only the mask in memory.
+
+    Arguments:
+        weight: float32 [out, in], pruned here.
+        hessian: float64 [in, in], contiguous; its memory is used for the factor, and what it holds is lost.
+
+    Returns:
+        keep: bool [out, in].
+    """
     factor = _factor(hessian, damp_frac)
     rows, columns = weight.shape
-    work, keep = weight.clone(), weight != 0
+    keep = weight != 0
     group = 1 if pattern is None else pattern.group
     block = max(1, MASK_COLUMNS // group) * group
     for start in range(0, columns, block):
         part = slice(start, min(start + block, columns))
         shielded = None if protected is None else protected[:, part]
+        ahead = factor[part, start:].float()  # a factor that is float32 as a whole would be a second one
+        own, rest = ahead[:, : part.stop - start], ahead[:, part.stop - start :]
         if pattern is None:
             before, after = (pruned_count(rows * end, sparsity_frac) for end in (start, part.stop))
-            errors = obs_errors(work[:, part] * keep[:, part], factor[part, part])
+            errors = obs_errors(weight[:, part] * keep[:, part], own)
             keep[:, part] &= _highest(errors, after - before, shielded)
-        errors = _drop_columns(work[:, part], keep[:, part], factor[part, part], pattern, shielded)
-        work[:, part.stop :] -= errors @ factor[part, part.stop :]
-    return work, keep
+        errors = _drop_columns(weight[:, part], keep[:, part], own, pattern, shielded)
+        weight[:, part.stop :].addmm_(errors, rest, alpha=-1.0)
+    return keep
 
 
 def output_error(change: Tensor, hessian: Tensor) -> float:
@@ -87,7 +117,7 @@ def obs_errors(weight: Tensor, factor: Tensor) -> Tensor:
 
 def _factor(hessian: Tensor, damp_frac: float) -> Tensor:
     try:
-        return inverse_factor(hessian, damp_frac)
+        return inverse_factor_(hessian, damp_frac)
     except QuantizationError:
         raise PruneError(
             "SparseGPT's Hessian cannot be inverted: calibrate with more prompts, or use `wanda`."

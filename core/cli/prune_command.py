@@ -141,15 +141,18 @@ def command(
 ) -> None:
     """Set the least important weights of the model folder MODEL to zero, or remove structures.
 
-    The result is an ordinary model folder in fp32. Zeros make the artifact compress better; ONNX
+    The result is an ordinary model folder in fp32. A folder that `holdfast calibrate` wrote keeps its
+    calibration, with zeros in its integer codes. Zeros make the artifact compress better; ONNX
     Runtime on a CPU does not run unstructured zeros or N:M patterns any faster. Structures (--remove)
     are gone for real.
     """
     config = _config(settings, base)
     refuse_existing(out, overwrite=overwrite)
     require_extra("export", "`holdfast prune`")
+    from holdfast.exporter.architectures import block_linear_modules
     from holdfast.exporter.source import load_source, save_source
     from holdfast.prune.apply import prune_model
+    from holdfast.prune.calibrated import carry_calibration, check_after_calibration, is_calibrated
     from holdfast.prune.checks import check_config
     from holdfast.prune.report import prune_record
     from holdfast.prune.structured.prune import prune_structures
@@ -157,6 +160,9 @@ def command(
     from holdfast.quantize.prompts.sequences import chat_prompts
 
     check_config(config, {})
+    calibrated = is_calibrated(model)
+    if calibrated:
+        check_after_calibration(model, config)
     prompts = load_calibration(calibration_data, samples, seed)
     harmful = [prompt.kind == "harmful" for prompt in prompts]
     source = load_source(model)
@@ -170,6 +176,8 @@ def command(
             )
         report = prune_model(source, ids, config, harmful=harmful, negative=negative)
         save_source(source, fresh)
+        if calibrated:
+            carry_calibration(model, fresh, block_linear_modules(source.model))
         record = prune_record(report, removed)
         write_json(fresh / "prune.json", record)
     emit(record, _lines(out, report, removed), as_json=as_json)
