@@ -8,7 +8,7 @@ PACKAGES := core evals exporter prune quantize runtime reference benchmarks test
 WORKERS ?= 2
 WEB := tests/exporter/web/node_modules
 
-.PHONY: help run test lint types unit format reference reference-second results benchmarks clean
+.PHONY: help run test lint types unit format reference reference-second results results-pruning benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,11 +43,17 @@ reference-second: $(VENV)/.dev  ## train the second pair again (about an hour on
 	$(BIN)/python -m reference.train all --pair second --data-dir $(DATA) --out reference/second \
 	  --work build/reference-second
 
-results: $(VENV)/.dev  ## measure the tables of docs/results.md again
+results: $(VENV)/.dev  ## measure the part of docs/results.md on quantization again
 	$(BIN)/python -m reference.results --data-dir $(DATA) --work build/results --out docs/results.md
+
+results-pruning: $(VENV)/.dev  ## measure the part of docs/results.md on pruning again (idle machine)
+	$(BIN)/python -m reference.pruning --data-dir $(DATA) --work build/pruning --out docs/results.md
 
 benchmarks: $(VENV)/.dev  ## measure the tables of docs/benchmarks.md again (idle machine, 24 GB of memory)
 	$(BIN)/python -m benchmarks --work build/benchmarks --out docs/benchmarks.md
+
+prune-memory: $(VENV)/.dev  ## measure docs/pruning-memory.md again (10 GB of memory, a few hours)
+	$(BIN)/python -m benchmarks.prune_memory --work build/prune-memory --out docs/pruning-memory.md
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build bundles .mypy_cache .ruff_cache .pytest_cache *.egg-info

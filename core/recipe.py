@@ -46,7 +46,9 @@ Scheme = Annotated[
 """Name of a quantization scheme; `quantize.formats` says what each stands for."""
 
 
-PruneMethod = Literal["none", "magnitude", "wanda", "sparsegpt", "snip", "combined", "set-difference"]
+PruneMethod = Literal[
+    "none", "magnitude", "wanda", "sparsegpt", "snip", "combined", "set-difference", "aligned-sparsegpt"
+]
 PRUNE_METHODS: tuple[str, ...] = get_args(PruneMethod)
 
 
@@ -88,12 +90,15 @@ class PruneConfig(Config, frozen=True):
             (by output error, with the weights that stay updated); `snip` (|W| * |dL/dW| on the model's own
             answers, per layer); `combined` (SNIP of the harmless prompts plus `safety_weight` times that of
             the harmful ones, per layer); `set-difference` (weights that safety needs and utility does not
-            are protected, the others go by `rest`).
+            are protected, the others go by `rest`); `aligned-sparsegpt` (SparseGPT towards the unpruned
+            model's outputs, layer by layer on prompts with its own answers, and what stays refitted).
         sparsity_frac: share of weights set to zero; with a pattern, what the pattern says.
         pattern: `unstructured`, or `n:m`: of each m neighbouring weights of a row, n stay.
-        allocation: `uniform`, the same share in each layer; or by `sensitivity`: the same total, more where
-            the loss on answers changes less.
-        rest: `wanda` or `sparsegpt`, for the weights that `set-difference` does not protect.
+        allocation: `uniform`, the same share in each layer; by `sensitivity`, the same total, more where
+            the loss on answers changes less; `auto`, by sensitivity with `aligned-sparsegpt` where there is
+            no pattern, and uniform otherwise.
+        rest: `wanda`, `sparsegpt` or `aligned-sparsegpt`, for the weights that `set-difference` does not
+            protect.
         safety_weight: lambda, weight of safety against utility, in `combined` and in sensitivities.
         safety_top_frac, utility_top_frac: q and p of `set-difference`: a layer's top q of safety without
             its top p of utility is protected.
@@ -111,8 +116,8 @@ class PruneConfig(Config, frozen=True):
     method: PruneMethod = "none"
     sparsity_frac: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
     pattern: Pattern = "unstructured"
-    allocation: Literal["uniform", "sensitivity"] = "uniform"
-    rest: Literal["wanda", "sparsegpt"] = "sparsegpt"
+    allocation: Literal["auto", "uniform", "sensitivity"] = "auto"
+    rest: Literal["wanda", "sparsegpt", "aligned-sparsegpt"] = "sparsegpt"
     safety_weight: Annotated[float, Meta(ge=0.0)] = 1.0
     safety_top_frac: OpenFraction = 0.05
     utility_top_frac: OpenFraction = 0.05
@@ -246,7 +251,8 @@ class RecoverConfig(Config, frozen=True):
         trained: `all` linear layers of the decoder blocks, or the weights of the `safety-heads` alone.
         lora_rank: rank of the adapters that are trained and merged; 0 trains the weights themselves.
         steps: optimizer steps of the run without a push.
-        lr: AdamW's learning rate; adapters bear a larger one.
+        lr: AdamW's learning rate at a hidden size of 256; it falls as the hidden size grows (Yang et al.
+            2022, arXiv 2203.03466). Adapters bear a larger one.
         batch_size: prompts a step.
         response_tokens: answer tokens of the aligned model that each prompt is followed by.
         safety_heads: how many heads count as those that refusals hang on (Ships).
@@ -259,11 +265,11 @@ class RecoverConfig(Config, frozen=True):
     alphas: tuple[Annotated[float, Meta(ge=0.0)], ...] = (0.0, 0.3)
     pairs: str | None = None
     beta: PositiveFloat = 0.1
-    hidden_weight: Annotated[float, Meta(ge=0.0)] = 3.0
+    hidden_weight: Annotated[float, Meta(ge=0.0)] = 10.0
     trained: Literal["all", "safety-heads"] = "all"
     lora_rank: NotNegative = 0
     steps: Positive = 150
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 2e-3
     batch_size: Positive = 24
     response_tokens: Positive = 16
     safety_heads: Positive = 10

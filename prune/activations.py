@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,12 @@ from holdfast.exporter.walk import BlockBatch, first_inputs, run_block
 from holdfast.prune.dense_target import moment_update
 from holdfast.quantize.weights.gptq import hessian_update
 
+BATCH_BYTES = 1 << 23
+"""Activations of an FFN four times as wide as the hidden state, for the rows that run through a block
+together: with wide models they are fewer, so that activations stay small beside the weights."""
+CHUNK_TOKENS = 128
+"""Tokens that are float64 at a time."""
+
 Add = Callable[[Tensor], None]
 """Takes tokens, float32 [tokens, in]."""
 
@@ -26,10 +34,16 @@ Add = Callable[[Tensor], None]
 def first_block_batches(
     model: nn.Module, token_ids: Sequence[Sequence[int]], *, pad_id: int, batch_size: int
 ) -> list[BlockBatch]:
-    """What enters the first block, in batches of rows of similar length."""
+    """What enters the first block, in batches of rows of similar length.
+
+    Arguments:
+        batch_size: rows in a batch, fewer where they would take more than `BATCH_BYTES`.
+    """
     lengths = [len(row) for row in token_ids]
+    config: Any = model.config
+    most = BATCH_BYTES // (16 * config.hidden_size * max(lengths, default=1))
     batches = []
-    for indices in length_batches(lengths, batch_size):
+    for indices in length_batches(lengths, max(1, min(batch_size, most))):
         ids, mask = pad_left([token_ids[index] for index in indices], pad_id)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
         batches.append(first_inputs(model, inputs))
@@ -62,38 +76,51 @@ def input_hessian(block: nn.Module, linear: nn.Linear, batches: Sequence[BlockBa
     it can be factored where it is.
     """
     total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
-    _run_watched(block, [(linear, partial(hessian_update, total))], batches, index)
+    _run_watched(block, [(linear, partial(_add_products, total))], batches, index)
     return total
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A linear, decoder block `index` around it, and what enters the block."""
+
+    linear: nn.Linear
+    block: nn.Module
+    batches: Sequence[BlockBatch]
+    index: int
+
+    def inputs(self, number: int) -> Tensor:
+        """The linear's inputs at the shown positions of one batch, float32 [tokens, in]."""
+        found: list[Tensor] = []
+        _run_watched(self.block, [(self.linear, found.append)], [self.batches[number]], self.index)
+        return found[0]
+
+
 @torch.no_grad()
-def input_moments(
-    block: nn.Module,
-    linear: nn.Linear,
-    batches: Sequence[BlockBatch],
-    dense_block: nn.Module,
-    dense_linear: nn.Linear,
-    dense_batches: Sequence[BlockBatch],
-    index: int,
-) -> tuple[Tensor, Tensor]:
+def input_moments(pruned: Watched, unpruned: Watched) -> tuple[Tensor, Tensor]:
     """`X' X''` and `W X X''` of one linear, float32 [in, in] and [out, in]; see `dense_target`.
 
     Arguments:
-        block, linear, batches: as in `input_hessian`; some of the block may be pruned already.
-        dense_block, dense_linear, dense_batches: the same unpruned; the rows of the batches are the same.
+        pruned: in the pruned model, with weights of the block that may be pruned already or not yet.
+        unpruned: the same linear and the same rows in the unpruned one.
     """
-    hessian, moment = torch.zeros(linear.in_features, linear.in_features), torch.zeros_like(linear.weight)
-    for batch, dense_batch in zip(batches, dense_batches, strict=True):
-        found: list[Tensor] = []
-        _run_watched(block, [(linear, found.append)], [batch], index)
-        _run_watched(dense_block, [(dense_linear, found.append)], [dense_batch], index)
-        hessian_update(hessian, found[0])
-        moment_update(moment, dense_linear.weight, found[1], found[0])
+    weight = unpruned.linear.weight
+    hessian, moment = torch.zeros(weight.shape[1], weight.shape[1]), torch.zeros_like(weight)
+    for number in range(len(pruned.batches)):
+        inputs = pruned.inputs(number)
+        hessian_update(hessian, inputs)
+        moment_update(moment, weight, unpruned.inputs(number), inputs)
     return hessian, moment
 
 
 def _add_squares(total: Tensor, tokens: Tensor) -> None:
-    total += tokens.double().square().sum(dim=0)
+    for part in torch.split(tokens, CHUNK_TOKENS):
+        total += part.double().square().sum(dim=0)
+
+
+def _add_products(total: Tensor, tokens: Tensor) -> None:
+    for part in torch.split(tokens, CHUNK_TOKENS):  # float64 twice as large as they are
+        hessian_update(total, part)
 
 
 def _run_watched(

@@ -3,9 +3,10 @@
     min  sum_l sum_s x_ls cost_l(s)
     s.t. sum_s x_ls = 1,  least <= sum_ls x_ls zeros_l(s) <= most,  x binary
 
-`cost_l(s)` is the first-order change of the loss by the weights that layer l would lose at sparsity s: the
-sum of their SNIP scores, utility plus lambda times safety, in nats. HiGHS solves it through
-`scipy.optimize.milp`. The costs of layers are taken to add up, which is an approximation.
+`cost_l(s)` is what pruning layer l alone to sparsity s costs the loss on answers, to second order: the
+squared error of its output times how much such an error matters there (`output_importances`). It is
+measured at `ANCHOR_FRACS` and a power of s between them. HiGHS solves it through `scipy.optimize.milp`.
+The costs of layers are taken to add up, which is an approximation.
 """
 
 from __future__ import annotations
@@ -15,34 +16,51 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor
 
 from holdfast.errors import PruneError
 
 STEP_FRAC = 0.05
-STEPS = (
-    4  # layers differ from the asked sparsity by at most 20 points: further out the first order misleads
-)
-LARGEST_FRAC = 0.95
+ANCHOR_FRACS = (0.05, 0.25, 0.5, 0.75, 0.95)
+SLACK_FRAC = 1e-3  # of all weights, that the integer program may leave for `topped_up`
 
 Choice = tuple[str, float]
 """(module path, sparsity)."""
 
 
+def anchors(sparsity_frac: float) -> list[float]:
+    """Sparsities at which a layer's cost is measured, ascending; the one that was asked for among them."""
+    return sorted({*ANCHOR_FRACS, sparsity_frac} - {0.0})
+
+
 def sparsity_grid(sparsity_frac: float) -> list[float]:
     """Sparsities that a layer may get, ascending; the one that was asked for is always among them."""
-    fracs = [sparsity_frac + step * STEP_FRAC for step in range(-STEPS, STEPS + 1)]
-    largest = max(sparsity_frac, LARGEST_FRAC)
-    return [frac for frac in fracs if 0.0 <= frac <= largest]
+    steps = round(ANCHOR_FRACS[-1] / STEP_FRAC)
+    return sorted({*(round(step * STEP_FRAC, 9) for step in range(steps + 1)), sparsity_frac})
 
 
-def first_order_cost(scores: Tensor, keep: Tensor) -> float:
-    """Change of the loss by what a mask drops, nats.
+def interpolated(costs: Mapping[float, float], sparsity_frac: float) -> float:
+    """Cost at a sparsity between those where it is known: a power of the sparsity there; 0 at 0.
 
     Arguments:
-        scores: SNIP scores, float32 [out, in]. keep: bool [out, in].
+        costs: sparsity above 0 -> cost, ascending.
     """
-    return float(scores.masked_fill(keep, 0.0).sum())
+    if sparsity_frac == 0.0:
+        return 0.0
+    known = np.maximum(list(costs.values()), np.finfo(float).tiny)
+    return float(np.exp(np.interp(math.log(sparsity_frac), np.log(list(costs)), np.log(known))))
+
+
+def topped_up(
+    chosen: Mapping[str, float], sizes: Mapping[str, int], sparsity_frac: float
+) -> dict[str, float]:
+    """The same with as much more in every layer as is missing from the sparsity that was asked for.
+
+    Arguments:
+        chosen: module path -> sparsity, in all at most what was asked. sizes: module path -> weights.
+    """
+    dropped = sum(sizes[path] * frac for path, frac in chosen.items())
+    missing = sparsity_frac - dropped / sum(sizes.values())
+    return {path: frac + missing for path, frac in chosen.items()}
 
 
 def allocate(

@@ -7,24 +7,26 @@ model side by side, and no more than one block's scores are in memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from holdfast.exporter.architectures import block_linear_modules, block_paths
 from holdfast.exporter.source import SourceModel
 from holdfast.exporter.walk import advance
-from holdfast.prune.activations import first_block_batches, input_hessian
-from holdfast.prune.allocation import Choice, allocate, first_order_cost, sparsity_grid
+from holdfast.prune.activations import Watched, first_block_batches, input_hessian, input_moments
 from holdfast.prune.block_scores import (
     Evidence,
     block_protected,
     block_scores,
     choose,
-    dropped_count,
-    loss_scores,
+    dropped_by,
+    row_weights,
     updates,
 )
 from holdfast.prune.checks import (
@@ -35,12 +37,15 @@ from holdfast.prune.checks import (
     check_sets,
     check_weights,
 )
+from holdfast.prune.dense_target import dense_target
 from holdfast.prune.gradients import answer_batches, own_answers
 from holdfast.prune.heads import head_scores, query_heads
-from holdfast.prune.masks import parse_pattern, pruned_count
+from holdfast.prune.masks import UNSTRUCTURED, parse_pattern
+from holdfast.prune.refit import refit
 from holdfast.prune.report import PruneReport, make_report
 from holdfast.prune.scores.ships import Head, strongest_heads
-from holdfast.prune.sparsegpt import sparsegpt_
+from holdfast.prune.sensitivity import importances, sensitivity_fracs
+from holdfast.prune.sparsegpt import DAMP_FRAC, sparsegpt, sparsegpt_
 from holdfast.recipe import PruneConfig
 
 BATCH_SIZE = 16
@@ -74,6 +79,7 @@ def prune_model(
         PruneError: a sparsity or pattern that cannot be, weights or activations that are not finite, a
             model that is sparse already, no calibration rows or none of a kind where they are needed.
     """
+    config = structs.replace(config, allocation=_allocation(config))
     linears = {} if config.method == "none" else block_linear_modules(source.model)
     check_config(config, linears)
     check_weights(linears, allow_zeros=config.allow_zeros)
@@ -88,9 +94,11 @@ def prune_model(
     heads = _safety_heads(source, safety, config)
     rows, evidence = _gather(source, token_ids, safety, utility, config, negative)
     evidence.heads = heads
+    if config.allocation == "sensitivity" or dropped_by(config) == "aligned-sparsegpt":
+        evidence.importances = importances(config, source.model, linears, evidence)
     fracs = dict.fromkeys(linears, config.sparsity_frac)
     if config.allocation == "sensitivity":
-        fracs = _allocate(source.model, linears, config, evidence.unpruned())
+        fracs = sensitivity_fracs(config, source.model, linears, evidence.unpruned())
     protected = _prune(source.model, linears, config, fracs, evidence, on_done)
     sets = (len(safety), len(utility)) if _reads_answers(config) else (0, 0)
     return make_report(
@@ -98,12 +106,20 @@ def prune_model(
     )
 
 
+def _allocation(config: PruneConfig) -> Literal["uniform", "sensitivity"]:
+    if config.allocation != "auto":
+        return config.allocation
+    alike = config.pattern != UNSTRUCTURED or dropped_by(config) != "aligned-sparsegpt"
+    return "uniform" if alike else "sensitivity"
+
+
 def _reads_inputs(config: PruneConfig) -> bool:
-    return config.method in ("wanda", "sparsegpt", "set-difference")
+    return dropped_by(config) in ("wanda", "sparsegpt", "aligned-sparsegpt")
 
 
 def _reads_answers(config: PruneConfig) -> bool:
-    return config.method in ("snip", "combined", "set-difference") or config.allocation == "sensitivity"
+    by_answers = ("snip", "combined", "set-difference", "aligned-sparsegpt")
+    return config.method in by_answers or config.allocation == "sensitivity"
 
 
 def _safety_heads(source: SourceModel, prompts: Rows, config: PruneConfig) -> list[Head]:
@@ -134,32 +150,12 @@ def _gather(
         if _reads_inputs(config):
             pairs = zip((*safety, *utility), (*answers[0], *answers[1]), strict=True)
             rows = [[*prompt, *answer] for prompt, answer in pairs]
-    if rows:
+    if dropped_by(config) == "aligned-sparsegpt":  # the same rows pruned and unpruned, token by token
+        evidence.stream = evidence.unpruned().stream
+    elif rows:
         pad_id = source.tokenizer.pad_id
         evidence.stream = first_block_batches(source.model, rows, pad_id=pad_id, batch_size=BATCH_SIZE)
     return rows, evidence
-
-
-def _allocate(
-    model: nn.Module, linears: dict[str, nn.Linear], config: PruneConfig, evidence: Evidence
-) -> dict[str, float]:
-    """Module path -> sparsity, by what the masks of the unpruned model would cost at each."""
-    costs: dict[Choice, float] = {}
-    zeros: dict[Choice, int] = {}
-    for index, path in enumerate(block_paths(model)):
-        inside = _inside(path, linears)
-        protected = block_protected(config, model, inside, index, evidence)
-        scores = block_scores(config, model, inside, index, evidence)
-        losses = loss_scores(config, model, inside, index, evidence)
-        for name in inside:
-            for frac in sparsity_grid(config.sparsity_frac):
-                keep = choose(config, scores[name], frac, protected.get(name))
-                costs[name, frac] = first_order_cost(losses[name], keep)
-                zeros[name, frac] = dropped_count(config, inside[name].weight, frac)
-        evidence.advance_answers(model.get_submodule(path), index)
-    weights = sum(module.weight.numel() for module in linears.values())
-    uniform = sum(count for (_, frac), count in zeros.items() if frac == config.sparsity_frac)
-    return allocate(costs, zeros, least=uniform, most=pruned_count(weights, config.sparsity_frac))
 
 
 def _prune(
@@ -191,9 +187,14 @@ def _prune_block(
     """As `_prune`, of one block; the answers move on, the calibration rows do not."""
     block = model.get_submodule(block_paths(model)[index])
     protected = block_protected(config, model, inside, index, evidence)
-    if updates(config):
+    if dropped_by(config) == "aligned-sparsegpt":
+        unpruned = copy.deepcopy(block)
+        aims = _Aims(block, unpruned, index, evidence)
+        _drop_with_update(inside, config, fracs, protected, aims)
+        evidence.advance_answers(unpruned, index)
+    elif updates(config):
         evidence.advance_answers(block, index)
-        _drop_with_update(block, inside, index, config, fracs, protected, evidence)
+        _drop_with_update(inside, config, fracs, protected, _Aims(block, None, index, evidence))
     else:
         scores = block_scores(config, model, inside, index, evidence)
         evidence.advance_answers(block, index)
@@ -202,28 +203,57 @@ def _prune_block(
     return {name: _count(inside[name].weight, mask) for name, mask in protected.items()}
 
 
+@dataclass(frozen=True)
+class _Aims:
+    """What SparseGPT is to keep of the linears of one block.
+
+    Attributes:
+        block: number `index`, being pruned.
+        unpruned: a copy from before, for its outputs on the unpruned model's inputs; None for each linear's
+            own outputs on the inputs that it has now.
+    """
+
+    block: nn.Module
+    unpruned: nn.Module | None
+    index: int
+    evidence: Evidence
+
+    def of(self, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Hessian of the inputs, [in, in], float64 without and float32 with what to start from instead."""
+        if self.unpruned is None:
+            hessian = input_hessian(self.block, linear, self.evidence.stream, self.index)
+            check_finite(name, hessian)
+            return hessian, None
+        pairs = zip(self.block.modules(), self.unpruned.modules(), strict=True)
+        (dense,) = (twin for module, twin in pairs if module is linear and isinstance(twin, nn.Linear))
+        states = [batch.state for batch in (*self.evidence.safety, *self.evidence.utility)]
+        hessian, moment = input_moments(
+            Watched(linear, self.block, self.evidence.stream, self.index),
+            Watched(dense, self.unpruned, states, self.index),
+        )
+        check_finite(name, hessian)
+        return hessian, dense_target(linear.weight, moment, hessian, DAMP_FRAC)
+
+
 @torch.no_grad()
 def _drop_with_update(
-    block: nn.Module,
     inside: dict[str, nn.Linear],
-    index: int,
     config: PruneConfig,
     fracs: dict[str, float],
     protected: dict[str, Tensor],
-    evidence: Evidence,
+    aims: _Aims,
 ) -> None:
     """One linear after the other, each on what the pruned ones before it in the block let through."""
     for name, module in inside.items():
-        hessian = input_hessian(block, module, evidence.stream, index)
-        check_finite(name, hessian)
-        sparsegpt_(
-            module.weight,
-            hessian,
-            fracs[name],
-            pattern=parse_pattern(config.pattern),
-            protected=protected.get(name),
-        )
-        del hessian  # before there is the next one
+        hessian, target = aims.of(name, module)
+        how: dict[str, Any] = {"pattern": parse_pattern(config.pattern), "protected": protected.get(name)}
+        if target is None:
+            sparsegpt_(module.weight, hessian, fracs[name], **how)
+        else:
+            how["row_weights"] = row_weights(config, name, aims.evidence)
+            pruned, keep = sparsegpt(module.weight, hessian, fracs[name], target=target, **how)
+            module.weight.copy_(refit(pruned, keep, target, hessian, DAMP_FRAC))
+        del hessian, target  # before there are the next ones
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from holdfast.prune.activations import input_norms
 from holdfast.prune.checks import check_finite
 from holdfast.prune.gradients import AnswerBatch, mean_gradients
 from holdfast.prune.heads import attention_output, attention_output_path, query_heads
-from holdfast.prune.masks import keep_highest, keep_pattern, parse_pattern, pruned_count
+from holdfast.prune.masks import keep_highest, keep_pattern, parse_pattern
 from holdfast.prune.scores.combined import combined_scores, normalised
 from holdfast.prune.scores.magnitude import magnitude_scores
 from holdfast.prune.scores.set_difference import top
@@ -27,7 +27,7 @@ from holdfast.prune.scores.snip import snip_scores
 from holdfast.prune.scores.wanda import wanda_scores
 from holdfast.recipe import PruneConfig
 
-ROW_WISE = ("wanda", "sparsegpt", "set-difference")  # by inputs: rows do not compare with each other
+ROW_WISE = ("wanda", "set-difference")  # by inputs: rows do not compare with each other
 
 Linears = Mapping[str, nn.Linear]
 
@@ -41,12 +41,15 @@ class Evidence:
         safety, utility: answers to harmful prompts and to the others, as they come out of the same blocks
             before these were pruned; empty where no method asks.
         heads: attention heads whose part of the attention's output is protected.
+        importances: module path -> what errors of its output channels cost the answers, float32 [out]; see
+            `output_importances`. Empty where nothing asks.
     """
 
     stream: list[BlockBatch] = field(default_factory=list)
     safety: list[AnswerBatch] = field(default_factory=list)
     utility: list[AnswerBatch] = field(default_factory=list)
     heads: Sequence[Head] = ()
+    importances: dict[str, Tensor] = field(default_factory=dict)
 
     def unpruned(self) -> Evidence:
         """A walk of its own through the unpruned model, with the answers as calibration rows."""
@@ -54,7 +57,8 @@ class Evidence:
             [replace(batch, state=replace(batch.state)) for batch in batches]
             for batches in (self.safety, self.utility)
         )
-        return Evidence([batch.state for batch in (*safety, *utility)], safety, utility, self.heads)
+        stream = [batch.state for batch in (*safety, *utility)]
+        return Evidence(stream, safety, utility, self.heads, self.importances)
 
     def advance_answers(self, block: nn.Module, index: int) -> None:
         """Past `block`, which is number `index` and not pruned yet."""
@@ -102,17 +106,25 @@ def block_protected(
     return found
 
 
+def dropped_by(config: PruneConfig) -> str:
+    """The method that decides on weights that nothing protects."""
+    return config.rest if config.method == "set-difference" else config.method
+
+
 def updates(config: PruneConfig) -> bool:
     """Whether SparseGPT drops the weights, and changes those that stay."""
-    return config.method == "sparsegpt" or (config.method, config.rest) == ("set-difference", "sparsegpt")
+    return dropped_by(config) in ("sparsegpt", "aligned-sparsegpt")
 
 
-def dropped_count(config: PruneConfig, weight: Tensor, sparsity_frac: float) -> int:
-    """How many weights of a layer are dropped without a pattern; where rows count, whole ones in each."""
-    rows, columns = weight.shape
-    if config.method in ROW_WISE and not updates(config):
-        return rows * pruned_count(columns, sparsity_frac)
-    return pruned_count(rows * columns, sparsity_frac)
+def row_weights(config: PruneConfig, path: str, evidence: Evidence) -> Tensor | None:
+    """What a layer's rows count in the choice of its mask, float32 [out]; None where all count the same.
+
+    Half by the answers and half alike: the importances are estimates from a few hundred answers.
+    """
+    if dropped_by(config) != "aligned-sparsegpt":
+        return None
+    values = evidence.importances[path]
+    return 1.0 + values / values.mean().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def choose(config: PruneConfig, scores: Tensor, sparsity_frac: float, protected: Tensor | None) -> Tensor:
@@ -137,25 +149,13 @@ def snip_of(
     return found
 
 
-def loss_scores(
-    config: PruneConfig, model: nn.Module, linears: Linears, index: int, evidence: Evidence
-) -> dict[str, Tensor]:
-    """SNIP scores of utility plus lambda times safety in nats, float32 [out, in]."""
-    safety = _halved(snip_of(model, linears, index, evidence.safety))
-    found = snip_of(model, linears, index, evidence.utility)
-    for path, scores in found.items():
-        values, mean = safety[path]
-        scores.add_(values, alpha=config.safety_weight * mean)
-    return found
-
-
 def _combined(
     config: PruneConfig, model: nn.Module, linears: Linears, index: int, evidence: Evidence
 ) -> dict[str, Tensor]:
     safety = _halved(snip_of(model, linears, index, evidence.safety))
     found = snip_of(model, linears, index, evidence.utility)
     for path in found:
-        found[path] = combined_scores(found[path], safety.pop(path)[0], config.safety_weight)
+        found[path] = combined_scores(found[path], safety.pop(path), config.safety_weight)
     return found
 
 
@@ -171,11 +171,7 @@ def _critical(
     return found
 
 
-def _halved(scores: dict[str, Tensor]) -> dict[str, tuple[Tensor, float]]:
-    """Scores over their layer's mean as float16, and the mean; what does not fit is at the largest."""
+def _halved(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores over their layer's mean as float16; what does not fit is at the largest."""
     largest = torch.finfo(torch.float16).max
-    found = {}
-    for path in list(scores):
-        values = scores.pop(path)
-        found[path] = (normalised(values).clamp_(max=largest).half(), float(values.mean()))
-    return found
+    return {path: normalised(scores.pop(path)).clamp_(max=largest).half() for path in list(scores)}

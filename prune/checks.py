@@ -11,6 +11,9 @@ from holdfast.errors import PruneError
 from holdfast.prune.masks import UNSTRUCTURED, parse_pattern
 from holdfast.recipe import PruneConfig
 
+NEED_BOTH = ("combined", "set-difference", "aligned-sparsegpt")
+"""Methods that read harmful and harmless prompts."""
+
 ZEROS_FRAC = 1e-3
 """Share of zeros from which a model counts as pruned; single ones are found in ordinary checkpoints."""
 
@@ -34,7 +37,7 @@ def check_config(config: PruneConfig, linears: Mapping[str, nn.Linear]) -> None:
             f"The pattern {config.pattern} sets {pattern.sparsity_frac:.1%} of the weights to zero and the "
             f"sparsity says {config.sparsity_frac:.1%}: make them agree."
         )
-    if config.allocation != "uniform":
+    if config.allocation == "sensitivity":
         raise PruneError(
             f"The pattern {config.pattern} is as sparse in every layer, so that `allocation: sensitivity` "
             f"has nothing to decide: use `uniform`, or the pattern `{UNSTRUCTURED}`."
@@ -80,8 +83,8 @@ def check_sets(config: PruneConfig, safety: int, utility: int) -> None:
         safety, utility: number of harmful prompts and of the others.
     """
     needed: dict[str, tuple[int, str]]
-    if config.method in ("combined", "set-difference") or config.allocation == "sensitivity":
-        why = f"`{config.method}`" if config.allocation == "uniform" else "`allocation: sensitivity`"
+    if config.method in NEED_BOTH or config.allocation == "sensitivity":
+        why = f"`{config.method}`" if config.method in NEED_BOTH else "`allocation: sensitivity`"
         needed = {"safety": (safety, "harmful"), "utility": (utility, "harmless")}
     else:
         why, needed = "`safety_heads`", {"safety": (safety, "harmful")} if config.safety_heads else {}

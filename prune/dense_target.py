@@ -1,13 +1,14 @@
 """What a layer's weight would have to be to give the unpruned layer's outputs on the pruned model's inputs.
 
-SparseGPT (arXiv 2301.00774) keeps a layer's own output: W X' for the inputs X' that the pruned layers before
-it let through, so that their errors are handed on and add up. Here the aim is what the unpruned layer gives
-on the unpruned inputs X:
+SparseGPT (arXiv 2301.00774) keeps a layer's own output, W X' for the inputs X' that the pruned layers
+before let through, so that their errors are handed on and add up. Here the aim is what the unpruned layer
+gives on the unpruned inputs X:
 
     T = argmin_V ||W X - V X'||^2 + lambda ||W - V||^2  =  (W X X'' + lambda W) (X' X'' + lambda I)^-1
 
 with '' for transposed. SparseGPT then starts from T instead of W. Where no weight before the layer was
-pruned, X' is X and T is W. The ridge lambda is SparseGPT's own damping.
+pruned, X' is X and T is W. The ridge lambda is SparseGPT's own damping. GPTAQ (Li et al. 2025, arXiv
+2504.02692) has the same aim for rounding.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ from holdfast.quantize.learning.losses import References, make_references
 from holdfast.quantize.learning.reference_cache import position_logits
 from holdfast.quantize.prompts.sequences import Batch, make_batch, with_stop
 
-BATCH_SIZE = 8  # sequences in one graph
+BATCH_SIZE = 8  # sequences in one graph, where so many fit
+KEPT_BYTES = 1 << 25
+"""What enters the blocks is kept for the way back: sequences in one graph that take more are fewer."""
 TOP_K = 500  # size of S_diff, as in calibration
 
 
@@ -77,10 +79,12 @@ def answer_batches(
         prompts, answers: token ids, none empty.
         negative: unaligned transformers model for the contrastive loss; None for the answers' likelihood.
     """
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]) - len(answers[index]))
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     batches = []
-    for start in range(0, len(order), BATCH_SIZE):
-        chosen = order[start : start + BATCH_SIZE]
+    while order:
+        rows = _graph_rows(source.model, lengths[order[0]])
+        chosen, order = order[:rows], order[rows:]
         picked = [answers[index] for index in chosen]
         batch = make_batch(
             [prompts[index] for index in chosen],
@@ -114,31 +118,29 @@ def mean_gradients(
 
 def output_importances(
     model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[AnswerBatch]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """What an error in a linear's output costs the answers, to second order, of every linear at once.
 
-    The mean of (dL/dy)^2 over tokens and output channels: half of it, times a squared output error, is the
-    change of the loss by the diagonal of its empirical Fisher matrix, one value for a whole layer. The
-    answers are the model's own, so that their likelihood is at the top of what it can be and the first order
-    says little.
+    The mean of (dL/dy)^2 over tokens, for each output channel. Half of it, times the channel's squared
+    error, is the change of the loss by the diagonal of its empirical Fisher matrix.
 
     Arguments:
         linears: name -> linear inside any block.
         batches: before the first block; they are left there.
 
     Returns:
-        name -> nats^2 per squared unit of output.
+        name -> float32 [out], nats^2 per squared unit of output.
     """
-    sums = {name: torch.zeros((), dtype=torch.float64) for name in linears}
+    sums = {name: torch.zeros(module.out_features, dtype=torch.float64) for name, module in linears.items()}
     watched = [(linears[name], partial(_add_squared, total)) for name, total in sums.items()]
     for batch in batches:
         _backward(model, batch, 0, watched)
     tokens = sum(int(batch.batch.mask.sum()) for batch in batches)
-    return {name: float(total) / (tokens * linears[name].out_features) for name, total in sums.items()}
+    return {name: (total / tokens).float() for name, total in sums.items()}
 
 
 def _add_squared(total: Tensor, values: Tensor, gradients: Tensor) -> None:
-    total += gradients.square().sum(dtype=torch.float64)  # 0 at padding
+    total += gradients.square().sum(dim=(0, 1), dtype=torch.float64)  # 0 at padding
 
 
 Collect = Callable[[Tensor, Tensor], None]
@@ -148,7 +150,7 @@ Collect = Callable[[Tensor, Tensor], None]
 def _backward(
     model: nn.Module, answers: AnswerBatch, index: int, watched: Sequence[tuple[nn.Linear, Collect]]
 ) -> None:
-    """One batch forward from block `index` and back to it; the watched linears are in any of these blocks."""
+    """One batch forward from block `index` and back to it, past the watched linears of these blocks."""
     blocks = [model.get_submodule(path) for path in block_paths(model)]
     entering = [answers.state.hidden]
     with torch.no_grad():
@@ -173,6 +175,12 @@ def _watch(
     """Hand the linear's input and its output's gradient over as soon as that is known."""
     values = inputs[0].detach().reshape(*shape, -1)
     output.register_hook(lambda gradient: collect(values, gradient.reshape(*shape, -1)))  # type: ignore[no-untyped-call]
+
+
+def _graph_rows(model: Any, tokens: int) -> int:
+    """Sequences of so many tokens in one graph."""
+    kept = 4 * tokens * int(model.config.hidden_size) * len(block_paths(model))
+    return max(1, min(BATCH_SIZE, KEPT_BYTES // kept))
 
 
 def _references(model: Any, negative: Any, batch: Batch) -> References:

@@ -32,6 +32,7 @@ def sparsegpt(
     pattern: Pattern | None = None,
     protected: Tensor | None = None,
     target: Tensor | None = None,
+    row_weights: Tensor | None = None,
     damp_frac: float = DAMP_FRAC,
 ) -> tuple[Tensor, Tensor]:
     """A pruned weight with a small output error on the inputs that the Hessian was made of.
@@ -45,6 +46,8 @@ def sparsegpt(
             updated like any other.
         target: float32 [out, in], whose output is to be kept instead of the weight's; see `dense_target`.
             What is 0 in the weight stays 0.
+        row_weights: float32 [out], above 0, what each row's error counts where rows are compared, which is
+            without a pattern; None: all the same.
 
     Returns:
         (weight, keep): float32 and bool [out, in]; the weight is 0 where `keep` is False.
@@ -52,9 +55,17 @@ def sparsegpt(
     Raises:
         PruneError: a Hessian that cannot be inverted.
     """
-    work = weight.clone()
+    work = weight.clone() if target is None else target.masked_fill(weight == 0, 0.0)
     hessian = hessian.to(torch.float64, copy=True)
-    keep = sparsegpt_(work, hessian, sparsity_frac, pattern=pattern, protected=protected, damp_frac=damp_frac)
+    keep = sparsegpt_(
+        work,
+        hessian,
+        sparsity_frac,
+        pattern=pattern,
+        protected=protected,
+        row_weights=row_weights,
+        damp_frac=damp_frac,
+    )
     return work, keep
 
 
@@ -66,6 +77,7 @@ def sparsegpt_(
     *,
     pattern: Pattern | None = None,
     protected: Tensor | None = None,
+    row_weights: Tensor | None = None,
     damp_frac: float = DAMP_FRAC,
 ) -> Tensor:
     """As `sparsegpt`, in place: beside the weight and the Hessian there is only the mask in memory.
@@ -90,6 +102,8 @@ def sparsegpt_(
         if pattern is None:
             before, after = (pruned_count(rows * end, sparsity_frac) for end in (start, part.stop))
             errors = obs_errors(weight[:, part] * keep[:, part], own)
+            if row_weights is not None:
+                errors *= row_weights[:, None]
             keep[:, part] &= _highest(errors, after - before, shielded)
         errors = _drop_columns(weight[:, part], keep[:, part], own, pattern, shielded)
         weight[:, part.stop :].addmm_(errors, rest, alpha=-1.0)

@@ -42,7 +42,8 @@ SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
 @click.option(
     "--method",
     type=click.Choice([name for name in PRUNE_METHODS if name != "none"]),
-    help="How weights are scored; combined and set-difference know of alignment.  [default: wanda, or no "
+    help="How weights are scored; combined, set-difference and aligned-sparsegpt know of alignment.  "
+    "[default: wanda, or no "
     "zeros at all with --remove]",
 )
 @click.option(
@@ -60,14 +61,15 @@ SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["uniform", "sensitivity"]),
+    type=click.Choice(["auto", "uniform", "sensitivity"]),
     default=DEFAULTS.allocation,
     show_default=True,
-    help="The same sparsity in each layer, or by sensitivity at the same total.",
+    help="The same sparsity in each layer, or by sensitivity at the same total; auto: by sensitivity with "
+    "aligned-sparsegpt where there is no pattern.",
 )
 @click.option(
     "--rest",
-    type=click.Choice(["wanda", "sparsegpt"]),
+    type=click.Choice(["wanda", "sparsegpt", "aligned-sparsegpt"]),
     default=DEFAULTS.rest,
     show_default=True,
     help="How set-difference chooses among weights that it does not protect.",

@@ -10,6 +10,8 @@ from msgspec import structs
 
 from holdfast.cli.options import (
     FOLDER,
+    alphas_option,
+    base_option,
     calibration_data_option,
     emit,
     json_option,
@@ -30,7 +32,7 @@ DEFAULTS = RecoverConfig()
 @click.command("recover")
 @click.argument("model", type=FOLDER)
 @click.option("--aligned", type=FOLDER, required=True, help="The model that MODEL was made from.")
-@click.option("--base", default="ablate", show_default=True, help="Folder of the base, or `ablate`.")
+@base_option
 @out_option("the recovered model")
 @click.option(
     "--objective",
@@ -46,12 +48,18 @@ DEFAULTS = RecoverConfig()
     show_default=True,
     help="Of --objective contrastive.",
 )
-@click.option("--alpha", "alphas", type=float, multiple=True, help="Push weight to try; repeatable.")
+@alphas_option
 @click.option("--pairs", type=FOLDER, help="JSONL of prompt, chosen and rejected, for --objective dpo.")
-@click.option("--beta", type=float, default=DEFAULTS.beta, show_default=True, help="DPO's temperature.")
+@click.option(
+    "--beta",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=DEFAULTS.beta,
+    show_default=True,
+    help="DPO's temperature.",
+)
 @click.option(
     "--hidden-weight",
-    type=float,
+    type=click.FloatRange(min=0.0),
     default=DEFAULTS.hidden_weight,
     show_default=True,
     help="Weight of the distance of the blocks' outputs from the aligned model's; 0 for none.",
@@ -65,26 +73,42 @@ DEFAULTS = RecoverConfig()
 )
 @click.option(
     "--safety-heads",
-    type=int,
+    type=click.IntRange(min=1),
     default=DEFAULTS.safety_heads,
     show_default=True,
     help="How many heads count as those that refusals hang on.",
 )
 @click.option(
     "--lora-rank",
-    type=int,
+    type=click.IntRange(min=0),
     default=DEFAULTS.lora_rank,
     show_default=True,
     help="Rank of adapters to train and merge; 0 trains the weights themselves.",
 )
-@click.option("--steps", type=int, default=DEFAULTS.steps, show_default=True, help="Optimizer steps.")
-@click.option("--lr", type=float, default=DEFAULTS.lr, show_default=True, help="AdamW's learning rate.")
 @click.option(
-    "--batch-size", type=int, default=DEFAULTS.batch_size, show_default=True, help="Prompts a step."
+    "--steps",
+    type=click.IntRange(min=1),
+    default=DEFAULTS.steps,
+    show_default=True,
+    help="Optimizer steps of the run without a push.",
+)
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=DEFAULTS.lr,
+    show_default=True,
+    help="AdamW's learning rate at a hidden size of 256; it falls as that grows.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=DEFAULTS.batch_size,
+    show_default=True,
+    help="Prompts a step.",
 )
 @click.option(
     "--response-tokens",
-    type=int,
+    type=click.IntRange(min=1),
     default=DEFAULTS.response_tokens,
     show_default=True,
     help="Tokens of the aligned model's answers that are learned from.",
@@ -148,8 +172,9 @@ def _pruned(model: Path, recipe: Recipe, out: Path) -> tuple[dict[str, Any], lis
 
 def _quantized(model: Path, recipe: Recipe, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Recovery of a calibrated model: training with the quantization that it was calibrated for."""
+    from holdfast.exporter.source import check_same_vocabulary, load_source
     from holdfast.job import prepare
-    from holdfast.prune.recovery.recover import lesson_settings
+    from holdfast.prune.recovery.recover import learning_rate, lesson_settings
     from holdfast.quantize.record import read_record
 
     assert recipe.recover is not None
@@ -161,9 +186,12 @@ def _quantized(model: Path, recipe: Recipe, out: Path) -> tuple[dict[str, Any], 
     made = read_record(model)
     data = {"scheme": "none", "mixed": made.formats, **made.layout}
     quantize = decode(data, QuantizeConfig, what=str(model / "calibration.json"))
-    calibrate = lesson_settings(recipe.recover, recipe.calibrate)
+    source = load_source(model)
+    recover = structs.replace(recipe.recover, lr=learning_rate(recipe.recover, source.model))
+    calibrate = lesson_settings(recover, recipe.calibrate)
     job = prepare(structs.replace(recipe, quantize=quantize, calibrate=calibrate))
-    calibration = job.calibrate(job.load(model))
+    check_same_vocabulary(job.aligned.tokenizer, source.tokenizer)
+    calibration = job.calibrate(source)
     calibration.save(out)
     record = calibration.record
     flips = [candidate.flips for candidate in record.candidates]

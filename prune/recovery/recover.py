@@ -44,6 +44,7 @@ from holdfast.quantize.prompts.sequences import chat_prompts
 from holdfast.quantize.record import Candidate
 from holdfast.recipe import CalibrateConfig, Mixture, QATConfig, RecoverConfig
 
+BASE_WIDTH = 256  # hidden size that `recover.lr` is meant for
 BATCH_SIZE = 16  # prompts in one pass of the heads' scores
 
 
@@ -145,6 +146,11 @@ def lesson_settings(config: RecoverConfig, calibrate: CalibrateConfig) -> Calibr
     )
 
 
+def learning_rate(config: RecoverConfig, model: Any) -> float:
+    """AdamW's, for a model of this hidden size."""
+    return config.lr * BASE_WIDTH / float(model.config.hidden_size)
+
+
 @dataclass(frozen=True)
 class _Done:
     candidates: list[Candidate]
@@ -171,7 +177,7 @@ def _train(assignment: Assignment, exam: HeldOut, config: RecoverConfig, heads: 
     update = make_update(model, trained, linears, lesson, objective)
 
     def course_of(mixture: Mixture | None) -> Course:
-        optimizer = torch.optim.AdamW([weight_group(trained.parameters(), config.lr)])
+        optimizer = torch.optim.AdamW([weight_group(trained.parameters(), learning_rate(config, model))])
         return Course(trained, optimizer, lesson.batches(mixture, config.steps), update)
 
     trials = trials_of(assignment.config)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from holdfast.quantize.learning.losses import kl_divergence, renormalised_logp
 
+CHUNK_WEIGHTS = 1 << 21
+"""Weights of a layer whose gradients are in memory at a time."""
+
 
 def answer_losses(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     """Mean negative log-likelihood of each sequence's answer in nats, float32 [batch].
@@ -50,15 +53,20 @@ def contrastive_losses(logits: Tensor, diff_ids: Tensor, diff_logp: Tensor, coun
 def add_gradients(total: Tensor, values: Tensor, gradients: Tensor) -> None:
     """Add each sequence's |dL/dW| of a linear layer to `total`, float32 [out, in], in place.
 
-    Sequence by sequence, so that no more than one gradient of the weight is in memory.
+    Sequence by sequence, and in a large layer some of its rows at a time, so that no gradient of the whole
+    weight is in memory.
 
     Arguments:
         values: float32 [batch, tokens, in], the layer's input.
         gradients: float32 [batch, tokens, out], of the sum of the sequences' losses with respect to the
             layer's output. Padding has gradient 0, since no answer attends to it.
     """
+    rows = max(1, CHUNK_WEIGHTS // total.shape[1])
     for value, gradient in zip(values, gradients, strict=True):
-        total += (gradient.T @ value).abs_()
+        for part, channels in zip(
+            torch.split(total, rows), torch.split(gradient, rows, dim=1), strict=True
+        ):
+            part += (channels.T @ value).abs_()
 
 
 def snip_scores(weight: Tensor, mean_gradient: Tensor) -> Tensor:
@@ -68,4 +76,4 @@ def snip_scores(weight: Tensor, mean_gradient: Tensor) -> Tensor:
         weight: float32 [out, in].
         mean_gradient: float32 [out, in], the mean over sequences of |dL/dW|.
     """
-    return weight.abs() * mean_gradient
+    return (weight * mean_gradient).abs_()  # no second matrix for |W|

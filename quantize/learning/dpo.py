@@ -52,9 +52,8 @@ def read_pairs(path: Path) -> list[WrittenPair]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(
-            f"The preference pairs {path} are not readable ({error}): check the path."
-        ) from None
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise SuiteError(f"The preference pairs {path} are not readable ({why}): check the path.") from None
     pairs = [_pair(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise SuiteError(f"Expected a pair a line in {path}, found an empty file: add pairs.")

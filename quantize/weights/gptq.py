@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.errors import QuantizationError
 from holdfast.quantize.fakequant import block_codes, weight_grid
 from holdfast.quantize.formats import Format
 from holdfast.quantize.weights.codes import WeightCodes
+from holdfast.quantize.weights.inverse_factor import inverse_factor_
 from holdfast.quantize.weights.rtn import require_finite
 
 LAZY_COLUMNS = 128
@@ -29,7 +29,8 @@ def hessian_update(hessian: Tensor, inputs: Tensor) -> None:
         hessian: float32 or float64 [in, in], zeros at first.
         inputs: float32 [tokens, in].
     """
-    hessian += inputs.T @ inputs
+    values = inputs.to(hessian.dtype)
+    hessian.addmm_(values.T, values)  # no second matrix of its size
 
 
 @torch.no_grad()
@@ -125,20 +126,7 @@ def inverse_factor(hessian: Tensor, damp_frac: float) -> Tensor:
     Raises:
         QuantizationError: it is not positive definite.
     """
-    damped = hessian.to(torch.float64, copy=True)
-    diagonal = damped.diagonal()
-    unseen = diagonal == 0.0
-    diagonal += damp_frac * diagonal.mean()
-    diagonal[unseen] = 1.0  # alone in its row and column: no error reaches it, and none leaves it
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise QuantizationError(
-            f"GPTQ's Hessian cannot be inverted with `damp_frac` {damp_frac}: calibrate with more tokens, "
-            "or raise `damp_frac`."
-        ) from None
-    return factor
+    return inverse_factor_(hessian.to(torch.float64, copy=True), damp_frac).float()
 
 
 def _round_columns(weight: Tensor, inverse: Tensor, grids: _Grids) -> tuple[Tensor, Tensor]:

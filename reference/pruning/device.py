@@ -16,7 +16,7 @@ from holdfast.exporter.export import graph_bytes
 from holdfast.job import Job, prepare
 from holdfast.prune.structured.remove import model_size
 from holdfast.runtime.bench import BenchReport, Spread, bench_folders
-from holdfast.steps import StepRunner
+from holdfast.steps import StepRunner, Work
 from reference.pruning.measure import make_model, zlib_bytes
 from reference.pruning.rows import (
     BOTH,
@@ -101,7 +101,7 @@ def measure_device(
             f"{DEVICE}/{_task(shape).slug}",
             _task(shape).sections() | {"forms": FORMS},
             [setup.key],
-            lambda folder, shape=shape: in_fresh_process(make_graphs, setup, shape, models, folder),
+            _making(setup, shape, models),
         )
         for shape in SHAPES
     ]
@@ -111,11 +111,15 @@ def measure_device(
         f"{DEVICE}/bench",
         settings,
         [step.key for step in steps],
-        lambda folder: in_fresh_process(bench_graphs, folders, setup.pair.threads),
+        lambda _: in_fresh_process(bench_graphs, folders, setup.pair.threads, REPEATS),
     )
     found = bench.result["graphs"]
     made = [(form, shape, step.result) for form in FORMS for shape, step in zip(SHAPES, steps, strict=True)]
     return [_figures(*one, speed) for one, speed in zip(made, found, strict=True)]
+
+
+def _making(setup: Setup, shape: Shape, models: Path) -> Work:
+    return lambda folder: in_fresh_process(make_graphs, setup, shape, models, folder)
 
 
 def make_graphs(setup: Setup, shape: Shape, models: Path, out: Path) -> dict[str, Any]:
@@ -135,10 +139,10 @@ def make_graphs(setup: Setup, shape: Shape, models: Path, out: Path) -> dict[str
     return facts
 
 
-def bench_graphs(folders: Sequence[Path], threads: int) -> dict[str, Any]:
+def bench_graphs(folders: Sequence[Path], threads: int, repeats: int) -> dict[str, Any]:
     """Speed of all graphs, in turns."""
     reports = bench_folders(
-        folders, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=REPEATS, threads=threads
+        folders, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=repeats, threads=threads
     )
     return {"graphs": [_speed(report) for report in reports]}
 

@@ -27,6 +27,7 @@ from reference.results.process import Stages
 from reference.results.setup import Setup, use_threads
 
 ANSWERS = "answers"
+PRUNE_STEP = "prune"
 SECONDS = "seconds.json"
 ZLIB_LEVEL = 6  # zlib's own default: what a download or a flash image takes
 
@@ -62,15 +63,27 @@ def make_model(setup: Setup, task: Task, models: Path) -> tuple[Job, Pruned, dic
     check_pruning(recipe)
     job = prepare(recipe)
     use_threads(recipe.threads)
-    runner = StepRunner(models / task.model, total=step_count(recipe), done=[_baseline(setup)])
+    _borrow(models, task)
+    runner = StepRunner(models / task.model, total=step_count(recipe) + 1, done=[_baseline(setup)])
     pruned = prune_steps(job, runner)
     taken = {step.name: seconds(step) for step in runner.done[1:]}
-    return job, pruned, {
-        "zeros_frac": (pruned.recovery or pruned.record).result["sparsity_frac"],
-        "removed_frac": pruned.record.result["removed_frac"],
-        "seconds": {kind: _total(taken, kind) for kind in ("prune", "recover")},
-        "stopped": pruned.stopped.result["summary"] if pruned.stopped else None,
-    }
+    return (
+        job,
+        pruned,
+        {
+            "zeros_frac": (pruned.recovery or pruned.record).result["sparsity_frac"],
+            "removed_frac": pruned.record.result["removed_frac"],
+            "seconds": {kind: _total(taken, kind) for kind in ("prune", "recover")},
+            "stopped": pruned.stopped.result["summary"] if pruned.stopped else None,
+        },
+    )
+
+
+def _borrow(models: Path, task: Task) -> None:
+    """Start from the pruned model of another row, where there is one; its key says whether it will do."""
+    origin, own = models / task.pruned_as / PRUNE_STEP, models / task.model / PRUNE_STEP
+    if task.pruned_as and origin.is_dir() and not own.exists():
+        shutil.copytree(origin, own)
 
 
 def seconds(step: StepResult) -> float | None:

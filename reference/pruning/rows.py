@@ -20,26 +20,25 @@ class Score:
 
     Attributes:
         prune: section of the recipe, without a sparsity.
-        repeated: whether it is measured with several seeds.
-        seeded: whether the calibration draw, and so the seed, decides anything before recovery.
+        repeated: whether it is measured with several calibration draws; magnitude reads none.
     """
 
     name: str
     prune: dict[str, Any]
     repeated: bool = False
-    seeded: bool = True
 
 
 MAGNITUDE, WANDA, SPARSEGPT, SET_DIFFERENCE = "magnitude", "wanda", "sparsegpt", "set-difference"
 SCORES = (
-    Score(MAGNITUDE, {"method": "magnitude"}, seeded=False),
+    Score(MAGNITUDE, {"method": "magnitude"}),
     Score(WANDA, {"method": "wanda"}, repeated=True),
     Score(SPARSEGPT, {"method": "sparsegpt"}, repeated=True),
     Score("snip", {"method": "snip"}),
     Score("combined", {"method": "combined"}),
     Score(SET_DIFFERENCE, {"method": "set-difference"}, repeated=True),
+    Score("aligned-sparsegpt", {"method": "aligned-sparsegpt"}, repeated=True),
 )
-OURS = SET_DIFFERENCE
+OURS = "aligned-sparsegpt"
 """The alignment-aware score that the goals are about."""
 
 SPARSITIES = (0.2, 0.4, 0.5, 0.6, 0.7)
@@ -61,9 +60,11 @@ class Row:
         prune: section of the recipe.
         recover: section of the recipe; None leaves the model as pruning left it.
         quantize: section of the recipe; the scheme `none` leaves the answers to torch.
+        calibrate: section of the recipe: which prompts are drawn, and how a quantized model is calibrated.
         repeated: whether it is measured with several seeds.
         second: whether it is measured on the second pair too.
-        model: folder of the pruned model; rows that only differ in what comes after share it.
+        model: folder of the models; rows that are pruned alike, and recovered alike where at all, share it.
+        pruned_as: folder of models whose pruned one this row starts from too, where it is there.
     """
 
     name: str
@@ -72,9 +73,11 @@ class Row:
     prune: dict[str, Any]
     recover: dict[str, Any] | None = None
     quantize: dict[str, Any] = field(default_factory=lambda: {"scheme": "none"})
+    calibrate: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
     second: bool = False
     model: str = ""
+    pruned_as: str = ""
 
     @property
     def recovery(self) -> Recovery:
@@ -84,7 +87,8 @@ class Row:
 
     @property
     def quantized(self) -> bool:
-        return self.quantize["scheme"] != "none"
+        scheme: str = self.quantize["scheme"]
+        return scheme != "none"
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,16 @@ class Task:
         """Name of the folder of its models."""
         return _slug(self.row.model or slug(self.row.name), self.seed)
 
+    @property
+    def pruned_as(self) -> str:
+        """Name of the folder of models to take the pruned one from; empty for none."""
+        return self.row.pruned_as and _slug(self.row.pruned_as, self.seed)
+
     def sections(self) -> dict[str, Any]:
         """Of the recipe."""
-        found = {"prune": self.row.prune, "quantize": self.row.quantize}
-        return found if self.row.recover is None else found | {"recover": self.row.recover}
+        row = self.row
+        found = {"prune": row.prune, "calibrate": row.calibrate, "quantize": row.quantize}
+        return found if row.recover is None else found | {"recover": row.recover}
 
 
 def slug(name: str) -> str:
@@ -187,10 +197,11 @@ def variants(frac: float) -> tuple[Row, ...]:
     return tuple(
         Row(
             name=f"{OURS} {percent(frac)}, {name}",
-            kind=OURS,
+            kind=f"{OURS}, {name}",
             sparsity_frac=frac,
             prune={**ours.prune, "sparsity_frac": frac, **prune},
             recover=recover,
+            pruned_as="" if prune else zeros(ours, frac).model,
         )
         for name, (prune, recover) in VARIANTS.items()
     )
@@ -287,9 +298,7 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "composed",
         "Pruned, then quantized",
-        tuple(
-            composed(before, name, scheme) for before in COMPOSED for name, scheme in SCHEMES.items()
-        ),
+        tuple(composed(before, name, scheme) for before in COMPOSED for name, scheme in SCHEMES.items()),
         "Recovered models, calibrated with Holdfast's defaults; the answers are the artifact's, in ONNX "
         "Runtime. Flips are against the unpruned model in full precision.",
     ),

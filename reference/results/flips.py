@@ -148,6 +148,11 @@ class Comparison:
     p: float
 
     @property
+    def shown_p(self) -> str:
+        """For example "p = 0.012"."""
+        return "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
+
+    @property
     def standing(self) -> Standing:
         """Ours against theirs; level where chance explains the difference at 5 %."""
         if self.p > ERROR:

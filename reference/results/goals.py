@@ -45,12 +45,11 @@ class Standing:
     @property
     def text(self) -> str:
         """For example "ahead (12 flips against 40, p < 0.001)"."""
-        p = self.comparison.p
-        shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
         bytes_ = (
             "" if abs(self.more_bytes_frac) <= EQUAL_BYTES_FRAC else f", {self.more_bytes_frac:+.1%} bytes"
         )
-        return f"{self.comparison.standing} ({self.ours} against {self.theirs}, {shown}{bytes_})"
+        against = f"{self.ours} against {self.theirs}, {self.comparison.shown_p}{bytes_}"
+        return f"{self.comparison.standing} ({against})"
 
 
 def baselines(group: GroupFigures) -> list[RowFigures]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from holdfast.evals.gate import MetricVerdict
+from holdfast.evals.gate import MetricVerdict, Verdict
 from holdfast.runtime.bench import Spread
 from reference.results.figures import (
     MADE_IN,
@@ -140,8 +140,13 @@ def _flips(figures: RowFigures, against: dict[str, str]) -> list[str]:
 
 
 def outcomes(figures: RowFigures) -> str:
-    """The gate's outcomes over the seeds, equal ones once."""
-    found = [measured.both_sides.outcome for measured in figures.seeds]
+    """The gate's outcomes over the seeds."""
+    return outcomes_of([measured.both_sides for measured in figures.seeds])
+
+
+def outcomes_of(verdicts: Sequence[Verdict]) -> str:
+    """Outcomes with their number, equal ones once; without a number where all are equal."""
+    found = [verdict.outcome for verdict in verdicts]
     counts = {outcome: found.count(outcome) for outcome in dict.fromkeys(found)}
     if len(counts) == 1:
         return found[0]

@@ -5,10 +5,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from holdfast.errors import PruneError
-from holdfast.prune.allocation import allocate, first_order_cost, sparsity_grid
+from holdfast.prune.allocation import allocate, anchors, interpolated, sparsity_grid, topped_up
 
 
 def test_by_hand() -> None:
@@ -43,21 +42,33 @@ def test_the_sensitive_layer_stays_denser() -> None:
     costs = {(path, frac): weight * frac**2 for path, weight in (("a", 1.0), ("b", 100.0)) for frac in grid}
     zeros = {choice: round(1_000_000 * choice[1]) for choice in costs}
     found = allocate(costs, zeros, least=1_000_000, most=1_000_000)
-    assert found["a"] == pytest.approx(0.7)
-    assert found["b"] == pytest.approx(0.3)
+    assert found["a"] == pytest.approx(0.95)
+    assert found["b"] == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize(("asked", "ends"), [(0.5, (0.3, 0.7)), (0.1, (0.0, 0.3)), (0.98, (0.78, 0.98))])
-def test_the_grid_stays_in_range_and_has_the_asked(asked: float, ends: tuple[float, float]) -> None:
+@pytest.mark.parametrize("asked", [0.5, 0.07, 0.98])
+def test_the_grid_has_no_pruning_the_asked_and_nearly_all(asked: float) -> None:
     grid = sparsity_grid(asked)
-    assert (grid[0], grid[-1]) == pytest.approx(ends)
-    assert asked in grid
-    assert grid == sorted(grid)
+    assert grid == sorted(set(grid))
+    assert {0.0, 0.05, asked, 0.95} <= set(grid)
+    assert set(anchors(asked)) <= set(grid)
+    assert anchors(asked)[0] > 0.0
 
 
-def test_first_order_cost_by_hand() -> None:
-    scores = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
-    assert first_order_cost(scores, torch.tensor([[False, True], [True, False]])) == 9.0
+def test_costs_between_anchors_by_hand() -> None:
+    """From 1 at 0.25 to 8 at 0.5: the third power. From there to 8 * 1.5^2 at 0.75: the second."""
+    costs = {0.25: 1.0, 0.5: 8.0, 0.75: 18.0}
+    assert interpolated(costs, 0.4) == pytest.approx(1.6**3)
+    assert interpolated(costs, 0.6) == pytest.approx(8 * 1.2**2)
+    assert [interpolated(costs, frac) for frac in (0.0, 0.25, 0.75)] == pytest.approx([0.0, 1.0, 18.0])
+    assert interpolated({0.25: 0.0, 0.5: 0.0}, 0.3) == pytest.approx(0.0)
+
+
+def test_what_is_missing_is_spread_by_hand() -> None:
+    """300 weights to 0.5 are 150; 0.4 of 100 and 0.5 of 200 are 140."""
+    assert topped_up({"a": 0.4, "b": 0.5}, {"a": 100, "b": 200}, 0.5) == pytest.approx(
+        {"a": 0.4 + 1 / 30, "b": 0.5 + 1 / 30}
+    )
 
 
 def test_a_cost_that_is_not_a_number() -> None:

@@ -22,7 +22,7 @@ from holdfast.recipe import ExportConfig, QuantizeConfig
 from tests.tiny import tiny_llama
 
 Capture = pytest.CaptureFixture[str]
-SCHEMES = {"w8a8": ["--scheme", "w8a8", "--block-size", "16"], "w4": ["--scheme", "w4", "--block-size", "16"]}
+SCHEMES = {name: ["--scheme", name, "--block-size", "16"] for name in ("w8a8", "w4")}
 FEW = ["--samples", "24"]
 
 

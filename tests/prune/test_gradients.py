@@ -11,7 +11,7 @@ from holdfast.exporter.architectures import ROWS, block_linear_modules, block_pa
 from holdfast.exporter.source import SourceModel, load_source
 from holdfast.exporter.walk import advance
 from holdfast.prune import gradients
-from holdfast.prune.gradients import answer_batches, mean_gradients, own_answers
+from holdfast.prune.gradients import answer_batches, mean_gradients, output_importances, own_answers
 from holdfast.quantize.learning.losses import kl_divergence, make_references, renormalised_logp
 from tests.tiny import LINES, tiny_llama, tiny_model
 
@@ -71,6 +71,39 @@ def test_against_plain_backward_passes(
     source = load_source(tiny_model(tmp_path, architecture))
     same(walked(source), plain(source))
     assert not any(parameter.requires_grad for parameter in source.model.parameters())
+
+
+def plain_importances(source: SourceModel) -> dict[str, Tensor]:
+    """The mean of (dL/dy)^2 over the tokens of all sequences, from the definition."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in block_linear_modules(source.model)}
+    for prompt, answer in zip(prompts(source), ANSWERS, strict=True):
+        outputs: dict[str, Tensor] = {}
+        handles = [
+            linear.register_forward_hook(
+                lambda _, __, output, name=name, to=outputs: to.update({name: output.requires_grad_()})
+            )
+            for name, linear in block_linear_modules(source.model).items()
+        ]
+        ids = torch.tensor([[*prompt, *answer[:-1]]])
+        logits = source.model(ids, use_cache=False).logits[0, -len(answer) :]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for name, gradient in zip(outputs, gradients, strict=True):
+            seen[name].append(gradient.reshape(-1, gradient.shape[-1]).square())
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(squares).mean(dim=0) for name, squares in seen.items()}
+
+
+@pytest.mark.parametrize("architecture", sorted(ROWS))
+def test_importances_against_plain_backward_passes(
+    tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "BATCH_SIZE", 4)
+    source = load_source(tiny_model(tmp_path, architecture))
+    batches = answer_batches(source, prompts(source), ANSWERS)
+    found = output_importances(source.model, block_linear_modules(source.model), batches)
+    same(found, plain_importances(source))
 
 
 def test_the_contrastive_loss(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ for method in sys.argv[3:]:
     print(method, prune(sys.argv[2], method))
 """
 BLOCK_BYTES = 4 * (4 * 1024 * 1024 + 3 * 1024 * 3072 + 2 * 1024)
-METHODS = ("wanda", "snip", "combined", "set-difference")
+METHODS = ("magnitude", "wanda", "sparsegpt", "snip", "combined", "set-difference")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak of a process")

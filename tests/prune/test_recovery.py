@@ -19,7 +19,7 @@ from holdfast.prune.apply import prune_model
 from holdfast.prune.heads import attention_output, attention_output_path, query_heads
 from holdfast.prune.recovery.heads import head_weights
 from holdfast.prune.recovery.hidden import hidden_loss
-from holdfast.prune.recovery.recover import Recovered, recover, total_steps
+from holdfast.prune.recovery.recover import Recovered, learning_rate, recover, total_steps
 from holdfast.prune.recovery.restore import restorable
 from holdfast.prune.scores.ships import head_channels
 from holdfast.prune.structured.prune import prune_structures
@@ -30,13 +30,13 @@ from holdfast.recipe import CalibrateConfig, PruneConfig, RecoverConfig, Structu
 from tests.tiny import tiny_llama, tiny_model
 
 LESSON = CalibrateConfig(top_k=50, held_out_frac=0.25)
-QUICK = RecoverConfig(steps=6, batch_size=64, response_tokens=4, alphas=(), lr=2e-3, safety_heads=2)
+QUICK = RecoverConfig(steps=6, batch_size=64, response_tokens=4, alphas=(), lr=2.5e-4, safety_heads=2)
 CASES = {
     "full": QUICK,
-    "lora": structs.replace(QUICK, lora_rank=2, lr=1e-2),
+    "lora": structs.replace(QUICK, lora_rank=2, lr=1.25e-3),
     "push": structs.replace(QUICK, alphas=(0.3,)),
-    "dpo": structs.replace(QUICK, objective="dpo", lr=1e-3),
-    "heads": structs.replace(QUICK, trained="safety-heads", lr=5e-3),
+    "dpo": structs.replace(QUICK, objective="dpo", lr=1.25e-4),
+    "heads": structs.replace(QUICK, trained="safety-heads", lr=6e-4),
 }
 
 
@@ -158,11 +158,17 @@ def test_progress_counts_what_total_steps_says(
     assert total_steps(structs.replace(QUICK, objective="safety-heads"), LESSON) == 0
 
 
+def test_the_learning_rate_falls_with_the_width(models: tuple[SourceModel, ...]) -> None:
+    model = copy.deepcopy(models[0].model)
+    model.config.hidden_size = 1024
+    assert learning_rate(structs.replace(QUICK, lr=2e-3), model) == pytest.approx(5e-4)
+
+
 def test_nothing_better_leaves_the_model_as_it_was(
     models: tuple[SourceModel, ...], prompts: list[CalibrationPrompt]
 ) -> None:
     aligned, base, pruned = models
-    wild = structs.replace(QUICK, lr=0.5)
+    wild = structs.replace(QUICK, lr=0.06)
     done = recover(pruned, aligned, base.model, wild, LESSON, prompts=prompts, seed=0)
     assert done.record.after.steps == 0
     before, after = weights(pruned), weights(done.source)
@@ -359,7 +365,7 @@ def test_the_command_writes_a_model_and_its_record(
     folders: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    few = ["--samples", "24", "--steps", "2", "--response-tokens", "3", "--lr", "1e-3"]
+    few = ["--samples", "24", "--steps", "2", "--response-tokens", "3", "--lr", "1e-4"]
     command = ["recover", str(folders[2]), "--aligned", str(folders[0]), "--base", str(folders[1])]
     assert run_cli([*command, "--out", str(out), *few, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

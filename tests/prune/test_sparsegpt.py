@@ -8,7 +8,7 @@ from holdfast.errors import PruneError
 from holdfast.prune import sparsegpt as module
 from holdfast.prune.masks import Pattern, keep_highest, keep_pattern, pruned_count
 from holdfast.prune.scores.wanda import wanda_scores
-from holdfast.prune.sparsegpt import output_error, sparsegpt
+from holdfast.prune.sparsegpt import output_error, sparsegpt, sparsegpt_
 
 
 def numpy_sparsegpt(
@@ -118,6 +118,16 @@ def test_weights_that_are_zero_stay_zero(pattern: Pattern | None) -> None:
     updated, keep = sparsegpt(weight, hessian, 0.5, pattern=pattern)
     assert (updated[zero] == 0).all()
     assert (~keep).sum() == (updated == 0).sum() == weight.numel() // 2
+
+
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
+def test_in_place_is_the_same(pattern: Pattern | None) -> None:
+    weight, hessian = correlated(5)
+    before = weight.clone(), hessian.clone()
+    expected = sparsegpt(weight, hessian, 0.5, pattern=pattern)
+    assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+    keep = sparsegpt_(weight, hessian.double(), 0.5, pattern=pattern)
+    assert torch.equal(weight, expected[0]) and torch.equal(keep, expected[1])
 
 
 def test_output_error_is_that_of_the_inputs() -> None:
