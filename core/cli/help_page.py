@@ -15,7 +15,14 @@ WIDTH = 100
 def help_page() -> str:
     """The page as Markdown."""
     parts = ["# Commands\n\nGenerated from `holdfast --help`; a test compares them.\n"]
-    group = click.Context(cli, info_name="holdfast", terminal_width=WIDTH, max_content_width=WIDTH)
+    # the settings under which the program runs: click keeps the help option that it made first
+    group = click.Context(
+        cli,
+        info_name="holdfast",
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        **cli.context_settings,
+    )
     parts.append(_section("holdfast", cli.get_help(group)))
     for name in cli.list_commands(group):
         command = cli.get_command(group, name)
