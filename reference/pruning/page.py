@@ -62,6 +62,7 @@ DEVICE_SECTION = """### Bytes and decode latency
 All graphs in turns in one process, one conversation at a time, {prompt} prompt tokens and {new} new ones,
 median over {repeats} rounds [lowest, highest]; not recovered, which changes neither. ONNX Runtime's kernels
 on a CPU multiply zeros like any other number, in patterns too; removed structures are smaller matrices.
+Graphs of equal shapes do the same work: what they differ in decode time is this machine's noise.
 "Down in proportion", in the goals, means at most {near} above the share of the parameters that is left,
 embedding included.
 
