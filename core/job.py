@@ -232,7 +232,9 @@ def written_pairs(recipe: Recipe) -> list[WrittenPair]:
 
 
 def _calibration_prompts(recipe: Recipe) -> list[CalibrationPrompt]:
-    config = recipe.calibrate
-    required = required_kinds(config.method, config.loss, ablated_twin=recipe.base == ABLATE)
+    config, twin = recipe.calibrate, recipe.base == ABLATE
+    required = set(required_kinds(config.method, config.loss, ablated_twin=twin))
+    if recipe.recover is not None:  # it learns, whatever the calibration does
+        required |= set(required_kinds("contrastive", recipe.recover.loss, ablated_twin=twin))
     mixture = encode(config.mixture)
     return load_calibration(config.data, config.samples, recipe.seed, mixture, required=required)

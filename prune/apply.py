@@ -67,7 +67,8 @@ def prune_model(
 ) -> PruneReport:
     """Set weights of the linear layers inside the decoder blocks to zero, in place.
 
-    Embedding, norms, biases and head are left alone. Only SparseGPT changes weights that stay.
+    Embedding, norms, biases and head are left alone. Only the two kinds of SparseGPT change weights that
+    stay.
 
     Arguments:
         token_ids: calibration rows (chat-templated prompts); not read by `magnitude`, as long as nothing

@@ -7,6 +7,7 @@ therefore measured interleaved, and compared with the first one in the same run.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -145,7 +146,7 @@ def bench_models(
     repeats: int,
     warmup: int,
 ) -> list[BenchReport]:
-    """Measure models in turns, so that what disturbs the machine disturbs all of them.
+    """Measure models in turns, each in another (seeded) order, so that what disturbs one disturbs all.
 
     Arguments:
         prompt_tokens: length of the prompt (random ids: speed does not depend on them).
@@ -167,9 +168,10 @@ def bench_models(
         model.require_room([prompt_tokens], new_tokens)
     rounds: list[list[Round]] = [[] for _ in models]
     for turn in range(warmup + repeats):
-        for index, model in enumerate(models):
+        # another order in every turn: what ran just before leaves its traces in caches and clocks
+        for index in random.Random(turn).sample(range(len(models)), len(models)):
             time.sleep(SETTLE_S)
-            measured = _measure(model, prompt_tokens, new_tokens)
+            measured = _measure(models[index], prompt_tokens, new_tokens)
             if turn >= warmup:
                 rounds[index].append(measured)
     return [

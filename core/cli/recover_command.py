@@ -160,7 +160,7 @@ def _pruned(model: Path, recipe: Recipe, out: Path) -> tuple[dict[str, Any], lis
     write_recovery(done.record, out)
     before, after = done.record.before, done.record.after
     lines = [
-        f"{recipe.recover.objective if recipe.recover else ''}, {done.record.sparsity_frac:.2%} zeros",
+        f"{done.record.objective}, {done.record.sparsity_frac:.2%} zeros",
         f"  flips on {sum(held for _, held in done.record.prompts.values())} held-out prompts: "
         f"{before.flips} before, {after.flips} after",
         f"  KL from the aligned model: {before.divergence:.4f} nats before, {after.divergence:.4f} after",
@@ -189,7 +189,7 @@ def _quantized(model: Path, recipe: Recipe, out: Path) -> tuple[dict[str, Any], 
     source = load_source(model)
     recover = structs.replace(recipe.recover, lr=learning_rate(recipe.recover, source.model))
     calibrate = lesson_settings(recover, recipe.calibrate)
-    job = prepare(structs.replace(recipe, quantize=quantize, calibrate=calibrate))
+    job = prepare(structs.replace(recipe, quantize=quantize, calibrate=calibrate, recover=None))
     check_same_vocabulary(job.aligned.tokenizer, source.tokenizer)
     calibration = job.calibrate(source)
     calibration.save(out)

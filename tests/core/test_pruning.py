@@ -11,6 +11,7 @@ from holdfast.cli import run_cli
 from holdfast.errors import RecipeError
 from holdfast.exporter.architectures import block_linear_modules
 from holdfast.exporter.source import load_source
+from holdfast.job import prepare_data
 from holdfast.pruning import check_pruning, sparsity_at, step_count
 from holdfast.recipe import make_recipe
 from tests.core.conftest import write_recipe
@@ -132,3 +133,11 @@ def test_flags_of_a_run_set_rounds_and_recovery() -> None:
     assert recipe.recover is not None
     assert (recipe.recover.objective, recipe.prune.rounds) == ("dpo", 3)
     assert step_count(recipe) == 9
+
+
+def test_recovery_needs_the_prompts_that_it_learns_from_whatever_calibrates() -> None:
+    data = {"model": "m", "base": "b", "calibrate": {"method": "rtn", "mixture": {"harmful": 0.0}}}
+    prepare_data(make_recipe(data, {}, what="r"))
+    pruned = {"prune": {"method": "wanda"}, "recover": {"objective": "safety-heads"}}
+    with pytest.raises(RecipeError, match="gives harmful prompts the weight 0"):
+        prepare_data(make_recipe(data | pruned, {}, what="r"))
