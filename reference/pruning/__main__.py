@@ -26,7 +26,6 @@ from holdfast.steps import StepRunner
 from reference.pruning.device import SHAPES, measure_device
 from reference.pruning.figures import (
     MARGIN_FRAC,
-    Failed,
     Measured,
     PairFigures,
     pair_figures,
@@ -37,10 +36,11 @@ from reference.pruning.page import page
 from reference.pruning.plots import draw
 from reference.pruning.rows import DEVICE, GROUPS, Group, Task, chosen_groups, tasks
 from reference.results.figures import References
-from reference.results.kept import Problem, attempt, forget, refuse_defects
+from reference.results.kept import Failed, attempt, forget, refuse_defects
+from reference.results.options import page_options
 from reference.results.process import in_fresh_process
 from reference.results.sections import PICTURES, PRUNING, write_section
-from reference.results.setup import PAIRS, REPEATED_PAIR, Pair, Setup, make_setup
+from reference.results.setup import PAIRS, REPEATED_PAIR, Pair, Setup, make_setup, present_pairs
 
 MODELS = "models"
 ROWS = "rows"
@@ -48,7 +48,7 @@ ROWS = "rows"
 
 def measured(
     setup: Setup, runner: StepRunner, wanted: Sequence[Task], references: References, *, recorded_only: bool
-) -> Iterator[Measured | Failed]:
+) -> Iterator[Measured | Failed[Task]]:
     """Every measurement, made now or kept from an earlier run; one that fails does not stop the others.
 
     Arguments:
@@ -62,9 +62,9 @@ def measured(
         decides = ("prune", "recover", "calibrate", "quantize", "export", "seed", "threads")
         settings = {key: recipe[key] for key in decides}
         work = _work(setup, task, runner.work / MODELS)
-        step = attempt(task.slug, partial(runner.run, name, settings, [setup.key], work))
-        if isinstance(step, Problem):
-            yield Failed(task, step.reason, step.expected)
+        step = attempt(task, partial(runner.run, name, settings, [setup.key], work))
+        if isinstance(step, Failed):
+            yield step
         else:
             yield read_measured(task, step.folder, step.result, references)
 
@@ -99,28 +99,12 @@ def measure_pair(
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="The page to write this part of."
-)
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Keeps what was measured.")
-@click.option(
-    "--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Default: all that are there."
-)
-@click.option(
-    "--group",
-    "groups",
-    multiple=True,
-    help=f"Of {', '.join([*(g.key for g in GROUPS), DEVICE])}; default: all.",
-)
+@page_options([*(group.key for group in GROUPS), DEVICE])
 @click.option("--rows", multiple=True, help="Shell pattern of row names; repeatable.")
 @click.option("--seeds", default=3, type=click.IntRange(min=1), help="Of repeated rows.")
-@click.option("--limit", default=0, help="At most this many prompts a suite; 0 for all.")
-@click.option("--threads", default=0, help="Of torch and ONNX Runtime; 0 leaves the choice to them.")
 @click.option(
     "--again", help="Measure rows and make models again whose folder is named like this shell pattern."
 )
-@click.option("--page-only", is_flag=True, help="Measure nothing, write the page of what is there.")
 def main(
     data_dir: Path,
     out: Path,
@@ -138,9 +122,8 @@ def main(
     if again is not None:
         forget(work, again, (ROWS, MODELS, DEVICE))
     chosen, device = chosen_groups(groups)
-    names = pairs or [name for name, folder in PAIRS.items() if (folder / "aligned").is_dir()]
     found = []
-    for name in names:
+    for name in pairs or present_pairs():
         pair = Pair(name, PAIRS[name], data_dir, limit, threads, MARGIN_FRAC)
         repeated = name == REPEATED_PAIR
         wanted = tasks(chosen, seeds=seeds, rows=rows, second=not repeated)
@@ -150,8 +133,7 @@ def main(
     pictures = draw(found, out.parent / PICTURES)
     write_section(out, PRUNING, page(found, [Path(PICTURES) / picture.name for picture in pictures]))
     say(f"wrote {out} and {len(pictures)} plots")
-    failed = [one for pair in found for group in pair.groups for one in group.failed]
-    refuse_defects([one.task.slug for one in failed if not one.expected])
+    refuse_defects(one for pair in found for group in pair.groups for one in group.failed)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from reference.pruning.device import DeviceFigures
 from reference.pruning.rows import WANDA, Group, Row, Task
 from reference.results.figures import References, median_of
 from reference.results.flips import ERROR, Comparison, Flips, compare_flips, count_flips
+from reference.results.kept import Failed
 
 MARGIN_FRAC = EvaluateConfig().margin_frac  # the tool's default
 STRICT_FRAC = 0.02
@@ -115,15 +116,6 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """A measurement that could not be made; see `reference.results.kept.Problem`."""
-
-    task: Task
-    reason: str
-    expected: bool = True
-
-
-@dataclass(frozen=True)
 class RowFigures:
     """A row over its seeds; at least one was measured."""
 
@@ -159,7 +151,7 @@ class GroupFigures:
 
     group: Group
     rows: tuple[RowFigures, ...]
-    failed: tuple[Failed, ...]
+    failed: tuple[Failed[Task], ...]
 
     def row(self, kind: str, sparsity_frac: float, **like: Any) -> RowFigures | None:
         """The first row of that kind and sparsity.
@@ -235,7 +227,7 @@ def pair_figures(
     name: str,
     references: References,
     groups: Sequence[Group],
-    done: Iterable[Measured | Failed],
+    done: Iterable[Measured | Failed[Task]],
     *,
     facts: dict[str, Any],
     device: Sequence[DeviceFigures] = (),
@@ -252,7 +244,7 @@ def pair_figures(
     )
 
 
-def group_figures(group: Group, done: Sequence[Measured | Failed]) -> GroupFigures:
+def group_figures(group: Group, done: Sequence[Measured | Failed[Task]]) -> GroupFigures:
     """The measurements of one group, row by row."""
     rows = []
     for row in group.rows:

@@ -24,20 +24,21 @@ from holdfast.evals.suites import load_suites
 from holdfast.exporter.export import read_export
 from holdfast.progress import say
 from holdfast.steps import StepRunner
-from reference.results.figures import Failed, Measured, PairFigures, References, pair_figures, read_measured
-from reference.results.kept import Problem, attempt, forget, refuse_defects
+from reference.results.figures import Measured, PairFigures, References, pair_figures, read_measured
+from reference.results.kept import Failed, attempt, forget, refuse_defects
 from reference.results.measure import measure
+from reference.results.options import page_options
 from reference.results.page import page
 from reference.results.plots import draw
 from reference.results.process import in_fresh_process
 from reference.results.rows import GROUPS, Group, Task, chosen_groups, tasks
 from reference.results.sections import PICTURES, QUANTIZATION, write_section
-from reference.results.setup import PAIRS, REPEATED_PAIR, Pair, Setup, make_setup
+from reference.results.setup import PAIRS, REPEATED_PAIR, Pair, Setup, make_setup, present_pairs
 
 
 def measured(
     setup: Setup, runner: StepRunner, wanted: Sequence[Task], references: References, *, recorded_only: bool
-) -> Iterator[Measured | Failed]:
+) -> Iterator[Measured | Failed[Task]]:
     """Every measurement, made now or kept from an earlier run; one that fails does not stop the others.
 
     Arguments:
@@ -50,9 +51,9 @@ def measured(
         recipe = encode(setup.pair.recipe(task))
         settings = {key: recipe[key] for key in ("calibrate", "quantize", "export", "seed", "threads")}
         settings |= {key: getattr(task.row, key) for key in ("maker", "allocation", "schemes")}
-        step = attempt(task.slug, partial(runner.run, name, settings, [setup.key], _work(setup, task)))
-        if isinstance(step, Problem):
-            yield Failed(task, step.reason, step.expected)
+        step = attempt(task, partial(runner.run, name, settings, [setup.key], _work(setup, task)))
+        if isinstance(step, Failed):
+            yield step
         else:
             yield read_measured(task, step.folder, step.result, references)
 
@@ -81,23 +82,12 @@ def linear_parameters(graph: Path) -> int:
 
 
 @click.command()
-@click.option("--data-dir", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The page to write.")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Keeps what was measured.")
-@click.option(
-    "--pair", "pairs", multiple=True, type=click.Choice(list(PAIRS)), help="Default: all that are there."
-)
-@click.option(
-    "--group", "groups", multiple=True, help=f"Of {', '.join(g.key for g in GROUPS)}; default: all."
-)
+@page_options([group.key for group in GROUPS])
 @click.option("--rows", default="*", help="Shell pattern of row names.")
 @click.option(
     "--seeds", default=3, type=click.IntRange(min=1), help="In hard schemes, on the reference pair."
 )
-@click.option("--limit", default=0, help="At most this many prompts a suite; 0 for all.")
-@click.option("--threads", default=0, help="Of torch and ONNX Runtime; 0 leaves the choice to them.")
 @click.option("--again", help="Measure rows again whose folder is named like this shell pattern.")
-@click.option("--page-only", is_flag=True, help="Measure nothing, write the page of what is there.")
 def main(
     data_dir: Path,
     out: Path,
@@ -115,9 +105,8 @@ def main(
     if again is not None:
         forget(work, again)
     chosen = chosen_groups(groups)
-    names = pairs or [name for name, folder in PAIRS.items() if (folder / "aligned").is_dir()]
     found = []
-    for name in names:
+    for name in pairs or present_pairs():
         pair = Pair(name, PAIRS[name], data_dir, limit, threads)
         wanted = tasks(chosen, seeds=seeds if name == REPEATED_PAIR else 1, rows=rows)
         found.append(measure_pair(pair, work, wanted, chosen, recorded_only=page_only))
@@ -125,8 +114,7 @@ def main(
     text = page(found, [Path(PICTURES) / picture.name for picture in pictures], seeds=seeds)
     write_section(out, QUANTIZATION, text)
     say(f"wrote {out} and {len(pictures)} plots")
-    failed = [one for pair in found for group in pair.groups for one in group.failed]
-    refuse_defects([one.task.slug for one in failed if not one.expected])
+    refuse_defects(one for pair in found for group in pair.groups for one in group.failed)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from holdfast.recipe import EvaluateConfig
 from holdfast.runtime.bench import Spread
 from reference.results.closeness import Closeness
 from reference.results.flips import Flips, count_flips, pooled
+from reference.results.kept import Failed
 from reference.results.process import Stage, highest_bytes, total_seconds
 from reference.results.rows import Group, Row, Task
 
@@ -57,20 +58,6 @@ class Measured:
         return highest_bytes(self.stages, stages)
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A measurement that could not be made.
-
-    Attributes:
-        reason: a sentence.
-        expected: one of Holdfast's own errors, not a defect.
-    """
-
-    task: Task
-    reason: str
-    expected: bool = True
-
-
 def median_of(found: Sequence[T], figure: Callable[[T], float]) -> T:
     """The one with the median figure; of two in the middle, the one with the lower."""
     ordered = sorted(found, key=figure)
@@ -100,7 +87,7 @@ class GroupFigures:
 
     group: Group
     rows: tuple[RowFigures, ...]
-    failed: tuple[Failed, ...]
+    failed: tuple[Failed[Task], ...]
 
     def row(self, name: str) -> RowFigures | None:
         return next((figures for figures in self.rows if figures.row.name == name), None)
@@ -176,7 +163,7 @@ def pair_figures(
     name: str,
     references: References,
     groups: Sequence[Group],
-    done: Iterable[Measured | Failed],
+    done: Iterable[Measured | Failed[Task]],
     *,
     facts: dict[str, Any],
 ) -> PairFigures:
@@ -195,7 +182,7 @@ def pair_figures(
     )
 
 
-def group_figures(group: Group, done: Sequence[Measured | Failed]) -> GroupFigures:
+def group_figures(group: Group, done: Sequence[Measured | Failed[Task]]) -> GroupFigures:
     """The measurements of one group, row by row."""
     rows = []
     for row in group.rows:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from holdfast.errors import ExecutionError, HoldfastError
 from holdfast.progress import say
@@ -16,38 +16,51 @@ from holdfast.progress import say
 T = TypeVar("T")
 
 
+class Named(Protocol):
+    """Something to be measured."""
+
+    @property
+    def slug(self) -> str:
+        """Its name in paths and messages."""
+
+
+K = TypeVar("K", bound=Named)
+
+
 @dataclass(frozen=True)
-class Problem:
-    """Why something could not be measured.
+class Failed(Generic[K]):
+    """A measurement that could not be made.
 
     Attributes:
         reason: a sentence.
         expected: one of Holdfast's own errors, not a defect.
     """
 
+    task: K
     reason: str
-    expected: bool
+    expected: bool = True
 
 
-def attempt(name: str, work: Callable[[], T]) -> T | Problem:
-    """What `work` returns, or what was in its way; `name` is for the line that says so."""
+def attempt(task: K, work: Callable[[], T]) -> T | Failed[K]:
+    """What `work` returns, or what was in its way, which is said as well."""
     try:
         return work()
     except HoldfastError as error:
-        problem = Problem(str(error), expected=True)
+        failed = Failed(task, str(error))
     except Exception as error:  # a defect in one row must not cost the hours of the others
         traceback.print_exc()
-        problem = Problem(f"{type(error).__name__}: {error}", expected=False)
-    say(f"      {name} failed: {problem.reason}")
-    return problem
+        failed = Failed(task, f"{type(error).__name__}: {error}", expected=False)
+    say(f"      {task.slug} failed: {failed.reason}")
+    return failed
 
 
-def refuse_defects(names: Sequence[str]) -> None:
+def refuse_defects(failed: Iterable[Failed[K]]) -> None:
     """End with an error where measurements had defects.
 
     Raises:
         ExecutionError: there are such.
     """
+    names = [one.task.slug for one in failed if not one.expected]
     if names:
         raise ExecutionError(
             f"{len(names)} rows ended in an error that nobody foresaw: {', '.join(names)}."

@@ -170,3 +170,8 @@ def write_full_precision(pair: Pair, folder: Path) -> dict[str, Any]:
         "closeness": asdict(compare(model, model, read_passages(folder / PASSAGES))),
         "stages": {name: asdict(stage) for name, stage in stages.done.items()},
     }
+
+
+def present_pairs() -> list[str]:
+    """Names of the pairs whose models are there."""
+    return [name for name, folder in PAIRS.items() if (folder / "aligned").is_dir()]

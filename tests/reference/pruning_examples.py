@@ -9,9 +9,10 @@ from typing import Any
 from holdfast.recipe import EvaluateConfig
 from holdfast.runtime.bench import Spread
 from reference.pruning.device import DENSE, DeviceFigures
-from reference.pruning.figures import Failed, Judged, Measured, PairFigures, judge, pair_figures
+from reference.pruning.figures import Judged, Measured, PairFigures, judge, pair_figures
 from reference.pruning.rows import GROUPS, Group, Row, Task
 from reference.results.figures import References
+from reference.results.kept import Failed
 from tests.reference.results_examples import answers, base, baseline
 
 BY_KEY = {group.key: group for group in GROUPS}
@@ -57,7 +58,7 @@ def measured(
 
 
 def pair(
-    keys: Sequence[str], done: Sequence[Measured | Failed], device: Sequence[DeviceFigures] = ()
+    keys: Sequence[str], done: Sequence[Measured | Failed[Task]], device: Sequence[DeviceFigures] = ()
 ) -> PairFigures:
     """A pair on which these measurements were made."""
     near = {"kl_nats": 0.0, "perplexity": 1.05, "same_top_frac": 1.0, "positions": 100}

@@ -13,13 +13,13 @@ from holdfast.evals.suites import SuiteKind
 from holdfast.recipe import EvaluateConfig
 from reference.results.closeness import Closeness
 from reference.results.figures import (
-    Failed,
     Measured,
     PairFigures,
     References,
     pair_figures,
 )
 from reference.results.flips import Flips, count_flips
+from reference.results.kept import Failed
 from reference.results.process import Stage
 from reference.results.rows import Group, Row, Task
 from reference.results.setup import Pair
@@ -163,7 +163,7 @@ def measured(
     )
 
 
-def pair(groups: Sequence[Group], done: Sequence[Measured | Failed]) -> PairFigures:
+def pair(groups: Sequence[Group], done: Sequence[Measured | Failed[Task]]) -> PairFigures:
     """A pair on which these measurements were made."""
     near = {"kl_nats": 0.0, "perplexity": 1.05, "same_top_frac": 1.0, "positions": 100}
     facts = {"parameters": 2_000_000, "bytes": 4000, "closeness": near, "tokens": 32}

@@ -14,7 +14,7 @@ from holdfast.pruning import check_pruning
 from holdfast.recipe import PRUNE_METHODS, RecoverConfig
 from reference.pruning import tables
 from reference.pruning.device import PATTERN, SHAPES, STRUCTURED, ZEROS
-from reference.pruning.figures import Failed, PairFigures
+from reference.pruning.figures import PairFigures
 from reference.pruning.goals import goals
 from reference.pruning.page import page
 from reference.pruning.plots import draw
@@ -28,6 +28,7 @@ from reference.pruning.rows import (
     chosen_groups,
     tasks,
 )
+from reference.results.kept import Failed
 from reference.results.setup import Pair
 from tests.reference.pruning_examples import BY_KEY, DENSE_GRAPH, graph, measured, pair, row_of
 from tests.reference.results_examples import lost

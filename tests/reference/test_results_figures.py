@@ -13,9 +13,10 @@ from holdfast.errors import SuiteError, UsageError
 from holdfast.evals import gate
 from holdfast.runtime.bench import Spread
 from reference.results import tables
-from reference.results.figures import Failed, PairFigures
+from reference.results.figures import PairFigures
 from reference.results.flips import Flips, Side, compare_flips, count_flips
 from reference.results.goals import goals, line, standings
+from reference.results.kept import Failed
 from reference.results.page import page
 from reference.results.plots import draw
 from reference.results.rows import GROUPS, KL_ONLY, MINMAX, OURS, SMOOTHQUANT, Group, chosen_groups, tasks
